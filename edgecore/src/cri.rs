@@ -1,0 +1,1 @@
+//! The container runtime, spoken to over CRI v1.

@@ -1,0 +1,3 @@
+//! The Pod manager: one task a Pod, a pure planner, thin application.
+
+pub mod tokens;
