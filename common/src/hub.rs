@@ -1,1 +1,6 @@
 //! The hub: how a cloud and an edge keep one another's state, over one connection.
+
+/// Generated from `proto/hub.proto`.
+#[allow(unreachable_pub, missing_docs, clippy::all, clippy::pedantic)]
+#[path = "gen/hub.rs"]
+pub mod proto;

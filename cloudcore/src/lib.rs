@@ -1,0 +1,1 @@
+//! CloudCore: runs beside the Kubernetes API and serves the edge nodes. `app` wires everything.
