@@ -3,8 +3,14 @@
 pub mod cgroups;
 pub mod dns;
 pub mod env;
+mod fields;
 pub mod hosts;
 pub mod network;
+pub mod quantity;
 pub mod security;
+mod sources;
 pub mod tokens;
 pub mod volumes;
+
+#[cfg(test)]
+mod testing;
