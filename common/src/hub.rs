@@ -49,3 +49,13 @@ impl Lane {
         }
     }
 }
+
+/// Stands for a `NodeEnvironment` as its bytes lie in the edge's store; empty for none.
+pub fn environment_hash(bytes: &[u8]) -> String {
+    if bytes.is_empty() {
+        return String::new();
+    }
+    let content = crate::object::Content::Present(bytes.into());
+    let hash = crate::object::ContentHash::of(&content);
+    hash.0.iter().map(|b| format!("{b:02x}")).collect()
+}
