@@ -15,7 +15,12 @@ pub enum ConfigError {
     #[error("configuration file {0} is larger than 1 MiB")]
     TooLarge(PathBuf),
     #[error("configuration file {file}: there is no key {key:?}{}", hint(.nearest, .known))]
-    UnknownKey { file: PathBuf, key: String, nearest: Option<String>, known: Vec<String> },
+    UnknownKey {
+        file: PathBuf,
+        key: String,
+        nearest: Option<String>,
+        known: Vec<String>,
+    },
     #[error("configuration file {file}: {problem}")]
     Invalid { file: PathBuf, problem: String },
 }
@@ -37,7 +42,9 @@ pub fn load<T: DeserializeOwned>(file: &Path) -> Result<T, ConfigError> {
 }
 
 fn parse<T: DeserializeOwned>(file: &Path, text: &str) -> Result<T, ConfigError> {
-    let empty = text.lines().all(|l| l.trim().is_empty() || l.trim_start().starts_with('#'));
+    let empty = text
+        .lines()
+        .all(|l| l.trim().is_empty() || l.trim_start().starts_with('#'));
     let text = if empty { "{}" } else { text };
     serde_saphyr::from_str(text).map_err(|e| explain(file, e.without_snippet()))
 }
@@ -45,10 +52,17 @@ fn parse<T: DeserializeOwned>(file: &Path, text: &str) -> Result<T, ConfigError>
 fn explain(file: &Path, error: &serde_saphyr::Error) -> ConfigError {
     let file = file.to_owned();
     match error {
-        serde_saphyr::Error::SerdeUnknownField { field, expected, .. } => {
+        serde_saphyr::Error::SerdeUnknownField {
+            field, expected, ..
+        } => {
             let known: Vec<String> = expected.iter().map(ToString::to_string).collect();
             let key = field.to_string();
-            ConfigError::UnknownKey { file, nearest: nearest(&key, &known), known, key }
+            ConfigError::UnknownKey {
+                file,
+                nearest: nearest(&key, &known),
+                known,
+                key,
+            }
         }
         other => {
             let text = other.to_string();
@@ -111,12 +125,19 @@ mod tests {
             sample("dataDri: /x\n").unwrap_err(),
             "configuration file edge.yaml: there is no key \"dataDri\"; did you mean \"dataDir\"?"
         );
-        assert!(sample("colour: red\n").unwrap_err().contains("the keys are listen, dataDir"));
+        assert!(
+            sample("colour: red\n")
+                .unwrap_err()
+                .contains("the keys are listen, dataDir")
+        );
     }
 
     #[test]
     fn a_mistyped_value_is_refused_with_its_place() {
         let error = sample("listen: x\ngraceDays: soon\n").unwrap_err();
-        assert!(error.contains("edge.yaml") && error.contains("line 2"), "{error}");
+        assert!(
+            error.contains("edge.yaml") && error.contains("line 2"),
+            "{error}"
+        );
     }
 }

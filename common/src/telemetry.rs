@@ -5,7 +5,9 @@ use tracing_subscriber::EnvFilter;
 /// `filter` as of `RUST_LOG`; the environment variable wins.
 pub fn start(filter: &str, json: bool) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(filter));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
     // A second start in one process (tests) keeps the first.
     let _ = if json {
         log.json().flatten_event(true).try_init()

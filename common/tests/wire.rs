@@ -10,8 +10,18 @@ use common::hub::proto::{self, message::Body};
 use prost::Message as _;
 
 fn samples() -> Vec<(&'static str, Body)> {
-    let digest = || Some(proto::SetDigest { count: 3, root: vec![0xd1; 16] });
-    let marks = || vec![proto::Mark { kind: 1, revision: 1_000_000 }];
+    let digest = || {
+        Some(proto::SetDigest {
+            count: 3,
+            root: vec![0xd1; 16],
+        })
+    };
+    let marks = || {
+        vec![proto::Mark {
+            kind: 1,
+            revision: 1_000_000,
+        }]
+    };
     vec![
         (
             "hello",
@@ -98,7 +108,10 @@ fn samples() -> Vec<(&'static str, Body)> {
                 marks: marks(),
             }),
         ),
-        ("want-inventory", Body::WantInventory(proto::WantInventory {})),
+        (
+            "want-inventory",
+            Body::WantInventory(proto::WantInventory {}),
+        ),
         (
             "inventory",
             Body::Inventory(proto::Inventory {
@@ -149,7 +162,10 @@ fn samples() -> Vec<(&'static str, Body)> {
                 }],
             }),
         ),
-        ("events-ack", Body::EventsAck(proto::EventsAck { sequence: 4 })),
+        (
+            "events-ack",
+            Body::EventsAck(proto::EventsAck { sequence: 4 }),
+        ),
         (
             "request-token",
             Body::Request(proto::Request {
@@ -166,7 +182,9 @@ fn samples() -> Vec<(&'static str, Body)> {
             "request-renew",
             Body::Request(proto::Request {
                 id: 2,
-                body: Some(proto::request::Body::Renew(proto::RenewAsk { csr: vec![0x30] })),
+                body: Some(proto::request::Body::Renew(proto::RenewAsk {
+                    csr: vec![0x30],
+                })),
             }),
         ),
         (
@@ -210,7 +228,11 @@ fn samples() -> Vec<(&'static str, Body)> {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(" ")
+    bytes
+        .iter()
+        .map(|b| format!("{b:02x}"))
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 /// Protobuf, a field a line, nested messages indented.
@@ -227,30 +249,51 @@ fn annotate(bytes: &[u8], depth: usize, out: &mut String) -> bool {
     };
     let mut at = 0;
     while at < bytes.len() {
-        let Some((tag, after)) = varint(at) else { return false };
+        let Some((tag, after)) = varint(at) else {
+            return false;
+        };
         let pad = "  ".repeat(depth);
         match tag & 7 {
             0 => {
-                let Some((value, end)) = varint(after) else { return false };
-                let _ = writeln!(out, "{pad}{}  # field {} = {value}", hex(&bytes[at..end]), tag >> 3);
+                let Some((value, end)) = varint(after) else {
+                    return false;
+                };
+                let _ = writeln!(
+                    out,
+                    "{pad}{}  # field {} = {value}",
+                    hex(&bytes[at..end]),
+                    tag >> 3
+                );
                 at = end;
             }
             2 => {
-                let Some((size, start)) = varint(after) else { return false };
+                let Some((size, start)) = varint(after) else {
+                    return false;
+                };
                 let end = start + size as usize;
-                let Some(inner) = bytes.get(start..end) else { return false };
+                let Some(inner) = bytes.get(start..end) else {
+                    return false;
+                };
                 let head = hex(&bytes[at..start]);
                 let mut nested = String::new();
                 let text = inner.iter().all(|b| (0x20..0x7f).contains(b)) && !inner.is_empty();
                 if text {
                     let shown = String::from_utf8_lossy(inner);
-                    let _ = writeln!(out, "{pad}{head}  # field {}, {size} bytes: {shown:?}", tag >> 3);
+                    let _ = writeln!(
+                        out,
+                        "{pad}{head}  # field {}, {size} bytes: {shown:?}",
+                        tag >> 3
+                    );
                     let _ = writeln!(out, "{pad}  {}", hex(inner));
                 } else if annotate(inner, depth + 1, &mut nested) {
                     let _ = writeln!(out, "{pad}{head}  # field {}, {size} bytes", tag >> 3);
                     out.push_str(&nested);
                 } else {
-                    let _ = writeln!(out, "{pad}{head}  # field {}, {size} bytes, opaque", tag >> 3);
+                    let _ = writeln!(
+                        out,
+                        "{pad}{head}  # field {}, {size} bytes, opaque",
+                        tag >> 3
+                    );
                     let _ = writeln!(out, "{pad}  {}", hex(inner));
                 }
                 at = end;
@@ -262,13 +305,19 @@ fn annotate(bytes: &[u8], depth: usize, out: &mut String) -> bool {
 }
 
 fn page(name: &str, wire: &[u8]) -> String {
-    let mut text = format!("# {name}\n{}  # length {}\n", hex(&wire[..3]), wire.len() - 3);
+    let mut text = format!(
+        "# {name}\n{}  # length {}\n",
+        hex(&wire[..3]),
+        wire.len() - 3
+    );
     assert!(annotate(&wire[3..], 0, &mut text), "{name} is not protobuf");
     text
 }
 
 fn bytes_of(page: &str) -> Vec<u8> {
-    let code = page.lines().map(|l| l.split('#').next().unwrap_or_default());
+    let code = page
+        .lines()
+        .map(|l| l.split('#').next().unwrap_or_default());
     let digits = code.flat_map(str::split_whitespace);
     digits.map(|d| u8::from_str_radix(d, 16).unwrap()).collect()
 }
@@ -284,7 +333,11 @@ fn every_message_has_the_bytes_that_are_kept() {
             std::fs::write(&file, page(name, &wire)).unwrap();
         }
         let kept = std::fs::read_to_string(&file).unwrap_or_else(|e| panic!("{name}: {e}"));
-        assert_eq!(hex(&bytes_of(&kept)), hex(&wire), "{name} has changed on the wire");
+        assert_eq!(
+            hex(&bytes_of(&kept)),
+            hex(&wire),
+            "{name} has changed on the wire"
+        );
         // What was written by this version once is still read.
         let back = proto::Message::decode(&bytes_of(&kept)[3..]).unwrap();
         assert_eq!(back, message, "{name}");

@@ -35,7 +35,10 @@ fn report(result: std::io::Result<()>) -> ExitCode {
     }
 }
 
-#[expect(clippy::print_stderr, reason = "the last words of a command line program")]
+#[expect(
+    clippy::print_stderr,
+    reason = "the last words of a command line program"
+)]
 fn fail(error: &dyn std::error::Error, code: u8) -> ExitCode {
     eprintln!("edgecore: {}", common::telemetry::chain(error));
     ExitCode::from(code)
