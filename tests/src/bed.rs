@@ -23,11 +23,11 @@ use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::wait::{wait_every, wait_for};
+use crate::wait::{Ended, wait_every, wait_for};
 
 /// Environment variable that every process of a testbed carries; its value is the state directory.
 pub const MARK: &str = "EDGE_TESTBED";
@@ -57,7 +57,10 @@ impl Bed {
             .find(|dir| fs::create_dir(dir).is_ok())
             .context("no free directory")?;
         let me = Pid::this().as_raw();
-        let bed = Bed::claim(&dir, &format!("{me} {}", start_time(me).unwrap_or_default()))?;
+        let bed = Bed::claim(
+            &dir,
+            &format!("{me} {}", start_time(me).unwrap_or_default()),
+        )?;
         let mut guard = Command::new(testbed_program()?)
             .args(["guard", "--number", &bed.number.to_string(), "--state"])
             .arg(&bed.dir)
@@ -76,7 +79,12 @@ impl Bed {
         fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
         let dir = dir.canonicalize()?;
         match claims().into_iter().find(|(_, claimed)| *claimed == dir) {
-            Some((number, dir)) => Ok(Bed { number, dir, kept: true, guard: Mutex::new(None) }),
+            Some((number, dir)) => Ok(Bed {
+                number,
+                dir,
+                kept: true,
+                guard: Mutex::new(None),
+            }),
             None => Bed::claim(&dir, KEPT),
         }
     }
@@ -96,7 +104,12 @@ impl Bed {
         let number = (1..=250u8)
             .find(|n| symlink(&dir, Path::new(CLAIMS).join(n.to_string())).is_ok())
             .context("all 250 testbed numbers are taken: see /run/edge-testbed")?;
-        Ok(Bed { number, dir, kept: owner == KEPT, guard: Mutex::new(None) })
+        Ok(Bed {
+            number,
+            dir,
+            kept: owner == KEPT,
+            guard: Mutex::new(None),
+        })
     }
 
     /// The address of the control plane, on loopback: nothing outside this machine's own
@@ -124,7 +137,10 @@ impl Bed {
     /// A command that carries the mark, so that it ends with the testbed.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new(program);
-        command.env(MARK, &self.dir).stdin(Stdio::null()).process_group(0);
+        command
+            .env(MARK, &self.dir)
+            .stdin(Stdio::null())
+            .process_group(0);
         // A test must not depend on what the developer's shell happens to point at.
         command.env_remove("KUBECONFIG");
         command
@@ -139,7 +155,11 @@ impl Bed {
             .stderr(out)
             .spawn()
             .with_context(|| format!("start {name} ({})", command.get_program().display()))?;
-        Ok(Proc { name: name.to_owned(), log, child })
+        Ok(Proc {
+            name: name.to_owned(),
+            log,
+            child,
+        })
     }
 
     /// This very binary's command line tool, with the mark.
@@ -194,13 +214,16 @@ impl Proc {
     /// Waits for its end.
     pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
         let what = format!("end of {}", self.name);
-        wait_for(&what, limit, || self.ended().ok_or_else(|| anyhow!("still running")))
+        wait_for(&what, limit, || {
+            self.ended().ok_or_else(|| anyhow!("still running"))
+        })
     }
 
     /// Fails with the end of its log if it has ended.
     pub fn ensure_running(&mut self) -> Result<()> {
         if let Some(status) = self.ended() {
-            bail!("{} ended ({status}):\n{}", self.name, self.tail(30));
+            let told = format!("{} ended ({status}):\n{}", self.name, self.tail(30));
+            return Err(Ended(told).into());
         }
         Ok(())
     }
@@ -220,14 +243,19 @@ impl Proc {
 
 /// Ends everything that belongs to the testbed, its state directory included.
 pub fn teardown(number: u8, dir: &Path) -> Result<()> {
-    wait_every("end of all processes", Duration::from_secs(20), Duration::from_millis(20), || {
-        let left = marked(dir);
-        for pid in &left {
-            let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
-        }
-        ensure!(left.is_empty(), "{left:?} still run");
-        Ok(())
-    })?;
+    wait_every(
+        "end of all processes",
+        Duration::from_secs(20),
+        Duration::from_millis(20),
+        || {
+            let left = marked(dir);
+            for pid in &left {
+                let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+            }
+            ensure!(left.is_empty(), "{left:?} still run");
+            Ok(())
+        },
+    )?;
     let _ = Command::new("ip")
         .args(["link", "delete", &link_name(number)])
         .stdout(Stdio::null())
@@ -235,12 +263,18 @@ pub fn teardown(number: u8, dir: &Path) -> Result<()> {
         .status();
     for root in crate::holder::cgroup_roots() {
         let top = root.join(link_name(number));
-        wait_for("end of the cgroups", Duration::from_secs(20), || remove_cgroup(&top))?;
+        wait_for("end of the cgroups", Duration::from_secs(20), || {
+            remove_cgroup(&top)
+        })?;
     }
-    wait_for("removal of the state", Duration::from_secs(10), || match fs::remove_dir_all(dir) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
-        _ => Ok(()),
-    })?;
+    wait_for(
+        "removal of the state",
+        Duration::from_secs(10),
+        || match fs::remove_dir_all(dir) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+            _ => Ok(()),
+        },
+    )?;
     let _ = fs::remove_file(Path::new(CLAIMS).join(number.to_string()));
     Ok(())
 }
@@ -265,7 +299,11 @@ pub fn find_kept(dir: &Path) -> Option<(u8, PathBuf)> {
 pub fn start_time(pid: i32) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name in parentheses may hold anything; the start time is the 20th field behind it.
-    stat.rsplit_once(')')?.1.split_whitespace().nth(19).map(str::to_owned)
+    stat.rsplit_once(')')?
+        .1
+        .split_whitespace()
+        .nth(19)
+        .map(str::to_owned)
 }
 
 /// The command line tool that belongs to this program: itself, or its neighbour in the target
@@ -285,7 +323,9 @@ pub fn testbed_program() -> Result<PathBuf> {
 
 /// `Mutex::lock` without poisoning: a failed test must still be able to clean up.
 pub fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    mutex
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 fn link_name(number: u8) -> String {
@@ -333,7 +373,9 @@ fn marked(dir: &Path) -> Vec<i32> {
         .filter(|pid| *pid != me)
         .filter(|pid| {
             let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-            environment.split(|byte| *byte == 0).any(|entry| entry == mark)
+            environment
+                .split(|byte| *byte == 0)
+                .any(|entry| entry == mark)
         })
         .collect()
 }
@@ -348,7 +390,10 @@ fn remove_cgroup(dir: &Path) -> Result<()> {
             remove_cgroup(&entry.path())?;
         }
     }
-    for pid in fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default().lines() {
+    for pid in fs::read_to_string(dir.join("cgroup.procs"))
+        .unwrap_or_default()
+        .lines()
+    {
         if let Ok(pid) = pid.parse() {
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         }

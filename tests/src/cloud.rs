@@ -67,16 +67,25 @@ impl Cloud {
     /// Starts `cloudcore run` and waits until it listens.
     pub fn resume(&mut self) -> Result<()> {
         let mut command = self.bed.command(&self.program);
-        command.arg("run").arg("--kubeconfig").arg(&self.kubeconfig).args([
-            format!("--listen={}", self.address),
-            format!("--advertise={}", self.address),
-            format!("--admin={}", self.admin),
-        ]);
+        command
+            .arg("run")
+            .arg("--kubeconfig")
+            .arg(&self.kubeconfig)
+            .args([
+                format!("--listen={}", self.address),
+                format!("--advertise={}", self.address),
+                format!("--admin={}", self.admin),
+            ]);
         command.args(&self.flags);
-        let process = self.process.insert(self.bed.spawn("cloudcore", &mut command)?);
+        let process = self
+            .process
+            .insert(self.bed.spawn("cloudcore", &mut command)?);
         wait_for("cloudcore", Duration::from_secs(60), || {
             process.ensure_running()?;
-            Ok(TcpStream::connect_timeout(&self.address, Duration::from_secs(1))?)
+            Ok(TcpStream::connect_timeout(
+                &self.address,
+                Duration::from_secs(1),
+            )?)
         })?;
         Ok(())
     }
@@ -90,7 +99,9 @@ impl Cloud {
 
     /// Asks it to end and waits.
     pub fn stop(&mut self) -> Result<()> {
-        let Some(mut process) = self.process.take() else { return Ok(()) };
+        let Some(mut process) = self.process.take() else {
+            return Ok(());
+        };
         process.terminate();
         process.wait(Duration::from_secs(40)).map(drop)
     }
@@ -112,8 +123,11 @@ impl Cloud {
     /// As [`Cloud::command`], whatever its end.
     pub fn said(&self, words: &[&str]) -> Result<Said> {
         let mut command = self.bed.command(&self.program);
-        let output =
-            command.args(words).arg("--kubeconfig").arg(&self.kubeconfig).output()?;
+        let output = command
+            .args(words)
+            .arg("--kubeconfig")
+            .arg(&self.kubeconfig)
+            .output()?;
         Ok(Said {
             stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
             stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
@@ -123,7 +137,10 @@ impl Cloud {
 
     /// `cloudcore token create FLAGS`.
     pub fn invite(&self, flags: &[&str]) -> Result<Invitation> {
-        let words: Vec<&str> = ["token", "create"].into_iter().chain(flags.iter().copied()).collect();
+        let words: Vec<&str> = ["token", "create"]
+            .into_iter()
+            .chain(flags.iter().copied())
+            .collect();
         Invitation::parse(&self.command(&words)?)
     }
 
@@ -134,7 +151,10 @@ impl Cloud {
 
     /// The last lines of its log.
     pub fn tail(&self, lines: usize) -> String {
-        self.process.as_ref().map(|process| process.tail(lines)).unwrap_or_default()
+        self.process
+            .as_ref()
+            .map(|process| process.tail(lines))
+            .unwrap_or_default()
     }
 
     /// Everything it has logged, earlier runs included.
@@ -172,13 +192,20 @@ pub fn product(name: &str) -> Result<PathBuf> {
         ensure!(path.is_file(), "EDGE_PRODUCTS has no {name}");
         return Ok(path);
     }
-    let dir = testbed_program()?.parent().context("directory of this program")?.to_owned();
+    let dir = testbed_program()?
+        .parent()
+        .context("directory of this program")?
+        .to_owned();
     BUILT
         .get_or_init(|| build_products(&dir).map_err(|error| format!("{error:#}")))
         .clone()
         .map_err(|error| anyhow!(error))?;
     let path = dir.join(name);
-    ensure!(path.is_file(), "{} is not built: cargo build --workspace", path.display());
+    ensure!(
+        path.is_file(),
+        "{} is not built: cargo build --workspace",
+        path.display()
+    );
     Ok(path)
 }
 
@@ -186,7 +213,9 @@ pub fn product(name: &str) -> Result<PathBuf> {
 /// costs nothing when they are fresh.
 fn build_products(dir: &Path) -> Result<()> {
     let cargo = std::env::var_os("CARGO");
-    let Some(cargo) = cargo.filter(|_| dir.ends_with("debug")) else { return Ok(()) };
+    let Some(cargo) = cargo.filter(|_| dir.ends_with("debug")) else {
+        return Ok(());
+    };
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     run(Command::new(cargo)
         .current_dir(workspace)
@@ -202,7 +231,10 @@ mod tests {
     #[test]
     fn an_invitation_is_exactly_one_line() {
         let found = Invitation::parse("edgecore --join h:10000 --token abc\n").expect("parses");
-        assert_eq!((found.join.as_str(), found.token.as_str()), ("h:10000", "abc"));
+        assert_eq!(
+            (found.join.as_str(), found.token.as_str()),
+            ("h:10000", "abc")
+        );
         assert!(Invitation::parse("warning\nedgecore --join h:1 --token a\n").is_err());
         assert!(Invitation::parse("").is_err());
     }

@@ -30,13 +30,33 @@ pub struct Options {
     pub address_types: Option<String>,
     /// Further flags of kube-apiserver.
     pub api_flags: Vec<String>,
+    /// Further flags of kube-controller-manager.
+    pub manager_flags: Vec<String>,
     /// Where the API server listens, instead of the testbed's loopback address.
     pub bind: Option<Ipv4Addr>,
 }
 
 impl Options {
     pub fn new(release: Release) -> Options {
-        Options { release, address_types: None, api_flags: Vec::new(), bind: None }
+        Options {
+            release,
+            address_types: None,
+            api_flags: Vec::new(),
+            manager_flags: Vec::new(),
+            bind: None,
+        }
+    }
+
+    /// A cluster without patience: the API server gives Pods five seconds on a node that is not
+    /// ready, and a node 24 s without a Lease renewal. What survives here is not evicted anywhere.
+    pub fn impatient(release: Release) -> Options {
+        let mut options = Options::new(release);
+        options.api_flags = vec![
+            "--default-not-ready-toleration-seconds=5".to_owned(),
+            "--default-unreachable-toleration-seconds=5".to_owned(),
+        ];
+        options.manager_flags = vec!["--node-monitor-grace-period=24s".to_owned()];
+        options
     }
 }
 
@@ -66,7 +86,7 @@ struct Files {
     etcd: Pair,
     kubelet_client: Pair,
     front_client: Pair,
-    accounts: PathBuf,
+    accounts: Pair,
 }
 
 impl Cluster {
@@ -101,7 +121,9 @@ impl Cluster {
         cluster.start_controllers(&server)?;
         wait_for("default ServiceAccount", Duration::from_secs(90), || {
             cluster.ensure_running()?;
-            cluster.kubectl.ok(&["get", "serviceaccount", "default", "--namespace", "default"])
+            cluster
+                .kubectl
+                .ok(&["get", "serviceaccount", "default", "--namespace", "default"])
         })?;
         Ok(cluster)
     }
@@ -119,7 +141,8 @@ impl Cluster {
     /// A kubeconfig of another user, with a certificate of the cluster's CA.
     pub fn user(&self, name: &str, groups: &[&str]) -> Result<PathBuf> {
         let file = name.replace([':', '/'], "-");
-        self.files.kubeconfig(&self.dir, &file, (name, groups), &self.server())
+        self.files
+            .kubeconfig(&self.dir, &file, (name, groups), &self.server())
     }
 
     /// Ends the API server at once; everything it was told is in etcd.
@@ -137,15 +160,20 @@ impl Cluster {
         self.api = Some(self.bed.spawn("kube-apiserver", &mut command)?);
         wait_for("kube-apiserver", Duration::from_secs(90), || {
             self.ensure_running()?;
-            self.kubectl.ok(&["get", "--raw", "/readyz", "--request-timeout=5s"])
+            self.kubectl
+                .ok(&["get", "--raw", "/readyz", "--request-timeout=5s"])
         })?;
         Ok(())
     }
 
     /// Fails with the log of the first part that has ended.
     pub fn ensure_running(&mut self) -> Result<()> {
-        let parts =
-            [&mut self.etcd, &mut self.api, &mut self.controllers, &mut self.scheduler];
+        let parts = [
+            &mut self.etcd,
+            &mut self.api,
+            &mut self.controllers,
+            &mut self.scheduler,
+        ];
         for part in parts.into_iter().flatten() {
             part.ensure_running()?;
         }
@@ -191,7 +219,11 @@ impl Cluster {
     fn api_flags(&self) -> Vec<String> {
         let files = &self.files;
         let mut flags = vec![
-            format!("--etcd-servers=https://{}:{}", self.bed.loopback(), self.etcd_port),
+            format!(
+                "--etcd-servers=https://{}:{}",
+                self.bed.loopback(),
+                self.etcd_port
+            ),
             format!("--etcd-cafile={}", files.ca.cert.display()),
             format!("--etcd-certfile={}", files.etcd.cert.display()),
             format!("--etcd-keyfile={}", files.etcd.key.display()),
@@ -203,22 +235,43 @@ impl Cluster {
             format!("--tls-private-key-file={}", files.serving.key.display()),
             format!("--client-ca-file={}", files.ca.cert.display()),
             "--service-account-issuer=https://kubernetes.default.svc.cluster.local".to_owned(),
-            format!("--service-account-key-file={}", files.accounts.display()),
-            format!("--service-account-signing-key-file={}", files.accounts.display()),
+            format!(
+                "--service-account-key-file={}",
+                files.accounts.cert.display()
+            ),
+            format!(
+                "--service-account-signing-key-file={}",
+                files.accounts.key.display()
+            ),
             format!("--service-cluster-ip-range={SERVICES}"),
             "--authorization-mode=Node,RBAC".to_owned(),
             "--enable-admission-plugins=NodeRestriction".to_owned(),
             "--enable-bootstrap-token-auth".to_owned(),
             "--allow-privileged=true".to_owned(),
-            format!("--kubelet-client-certificate={}", files.kubelet_client.cert.display()),
-            format!("--kubelet-client-key={}", files.kubelet_client.key.display()),
-            format!("--requestheader-client-ca-file={}", files.front_ca.cert.display()),
+            format!(
+                "--kubelet-client-certificate={}",
+                files.kubelet_client.cert.display()
+            ),
+            format!(
+                "--kubelet-client-key={}",
+                files.kubelet_client.key.display()
+            ),
+            format!(
+                "--requestheader-client-ca-file={}",
+                files.front_ca.cert.display()
+            ),
             "--requestheader-allowed-names=front-proxy-client".to_owned(),
             "--requestheader-extra-headers-prefix=X-Remote-Extra-".to_owned(),
             "--requestheader-group-headers=X-Remote-Group".to_owned(),
             "--requestheader-username-headers=X-Remote-User".to_owned(),
-            format!("--proxy-client-cert-file={}", files.front_client.cert.display()),
-            format!("--proxy-client-key-file={}", files.front_client.key.display()),
+            format!(
+                "--proxy-client-cert-file={}",
+                files.front_client.cert.display()
+            ),
+            format!(
+                "--proxy-client-key-file={}",
+                files.front_client.key.display()
+            ),
             "--enable-aggregator-routing=true".to_owned(),
             "--profiling=false".to_owned(),
         ];
@@ -238,7 +291,9 @@ impl Cluster {
         let manager = config("kube-controller-manager")?;
         let scheduler = config("kube-scheduler")?;
         let (address, port) = (self.bed.loopback(), self.bed.free_port()?);
-        let mut command = self.bed.command(programs::ensure("kube-controller-manager", release)?);
+        let mut command = self
+            .bed
+            .command(programs::ensure("kube-controller-manager", release)?);
         command.args([
             format!("--kubeconfig={}", manager.display()),
             format!("--bind-address={address}"),
@@ -247,7 +302,10 @@ impl Cluster {
             format!("--cluster-signing-cert-file={}", files.ca.cert.display()),
             format!("--cluster-signing-key-file={}", files.ca.key.display()),
             format!("--root-ca-file={}", files.ca.cert.display()),
-            format!("--service-account-private-key-file={}", files.accounts.display()),
+            format!(
+                "--service-account-private-key-file={}",
+                files.accounts.key.display()
+            ),
             "--use-service-account-credentials=true".to_owned(),
             "--allocate-node-cidrs=true".to_owned(),
             format!("--cluster-cidr={PODS}"),
@@ -255,8 +313,11 @@ impl Cluster {
             "--controllers=*,bootstrapsigner,tokencleaner".to_owned(),
             "--leader-elect=false".to_owned(),
         ]);
+        command.args(&self.options.manager_flags);
         self.controllers = Some(self.bed.spawn("kube-controller-manager", &mut command)?);
-        let mut command = self.bed.command(programs::ensure("kube-scheduler", release)?);
+        let mut command = self
+            .bed
+            .command(programs::ensure("kube-scheduler", release)?);
         command.args([
             format!("--kubeconfig={}", scheduler.display()),
             format!("--bind-address={address}"),
@@ -280,7 +341,11 @@ impl Files {
             "kubernetes.default.svc",
             "kubernetes.default.svc.cluster.local",
         ];
-        let ips = [IpAddr::from(address), FIRST_SERVICE.into(), Ipv4Addr::LOCALHOST.into()];
+        let ips = [
+            IpAddr::from(address),
+            FIRST_SERVICE.into(),
+            Ipv4Addr::LOCALHOST.into(),
+        ];
         let masters = &["system:masters"][..];
         Ok(Files {
             serving: ca.issue("kube-apiserver", ("kube-apiserver", &[]), &hosts, &ips)?,

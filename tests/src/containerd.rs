@@ -139,6 +139,8 @@ fn search_path(daemon: &Path) -> Result<std::ffi::OsString> {
             .replace("containerd-", "containerd-shim-runc-v2-"),
     );
     let sbin = PathBuf::from("/usr/sbin");
-    let dirs = [shim, own.to_owned(), sbin].into_iter().chain(std::env::split_paths(&usual));
+    let dirs = [shim, own.to_owned(), sbin]
+        .into_iter()
+        .chain(std::env::split_paths(&usual));
     Ok(std::env::join_paths(dirs)?)
 }

@@ -31,10 +31,12 @@ impl Transport {
 
 /// An edge. Dropping it pulls the machine's plug.
 pub struct Edge {
+    /// The Node's name; the machine's own at first, a test may set another.
     pub name: String,
     pub machine: Machine,
     pub containerd: Option<Containerd>,
     pub transport: Transport,
+    flavour: Flavour,
     program: PathBuf,
     process: Option<Inside>,
 }
@@ -43,7 +45,11 @@ impl Edge {
     /// A machine with a running containerd and nothing else.
     pub fn prepare(backbone: &Backbone, name: &str, flavour: Flavour) -> Result<Edge> {
         let mut edge = Edge::bare(backbone, name)?;
-        edge.containerd = Some(Containerd::start(&edge.machine, flavour, edge.images_dir()?)?);
+        edge.containerd = Some(Containerd::start(
+            &edge.machine,
+            flavour,
+            edge.images_dir()?,
+        )?);
         Ok(edge)
     }
 
@@ -56,9 +62,27 @@ impl Edge {
             machine,
             containerd: None,
             transport: Transport::Auto,
+            flavour: Flavour::Packaged,
             program: product("edgecore")?,
             process: None,
         })
+    }
+
+    /// Power fails and comes back; the runtime is started, edgecore is not.
+    pub fn power_cycle(&mut self) -> Result<()> {
+        self.machine.reboot()?;
+        self.kill();
+        match self.containerd.take() {
+            Some(_) => self.start_runtime(),
+            None => Ok(()),
+        }
+    }
+
+    /// Starts containerd on the machine's disk.
+    pub fn start_runtime(&mut self) -> Result<()> {
+        let images = self.images_dir()?;
+        self.containerd = Some(Containerd::start(&self.machine, self.flavour, images)?);
+        Ok(())
     }
 
     /// Where edgecore keeps what must survive; readable from the host at the same path.
@@ -81,7 +105,9 @@ impl Edge {
         let before = self.text().len();
         self.launch(&["--join", join, "--token", token])?;
         let mut process = self.process.take().context("edgecore was started")?;
-        let code = process.wait(Duration::from_secs(60)).with_context(|| process.tail(20));
+        let code = process
+            .wait(Duration::from_secs(60))
+            .with_context(|| process.tail(20));
         let said = process.text().split_off(before);
         if code.is_err() {
             process.kill();
@@ -90,11 +116,17 @@ impl Edge {
     }
 
     fn launch(&mut self, words: &[&str]) -> Result<()> {
-        let program = self.program.to_str().context("path of edgecore")?.to_owned();
+        let program = self
+            .program
+            .to_str()
+            .context("path of edgecore")?
+            .to_owned();
         let data = self.data_dir();
         let (name, transport) = (&self.name, self.transport.word());
         let process = self.machine.spawn(&program, |command| {
-            command.args(words).args(["--name", name, "--transport", transport]);
+            command
+                .args(words)
+                .args(["--name", name, "--transport", transport]);
             command.args(["--cri", &format!("unix://{SOCKET}")]);
             command.arg("--data-dir").arg(&data);
         })?;
@@ -111,18 +143,26 @@ impl Edge {
 
     /// SIGTERM, and its exit code.
     pub fn stop(&mut self) -> Result<i32> {
-        let Some(mut process) = self.process.take() else { return Ok(0) };
+        let Some(mut process) = self.process.take() else {
+            return Ok(0);
+        };
         process.signal(nix::sys::signal::Signal::SIGTERM);
         process.wait(Duration::from_secs(30))
     }
 
     /// Waits until edgecore ends by itself.
     pub fn wait_end(&mut self, limit: Duration) -> Result<i32> {
-        self.process.as_mut().context("edgecore does not run")?.wait(limit)
+        self.process
+            .as_mut()
+            .context("edgecore does not run")?
+            .wait(limit)
     }
 
     pub fn ensure_running(&mut self) -> Result<()> {
-        self.process.as_mut().context("edgecore does not run")?.ensure_running()
+        self.process
+            .as_mut()
+            .context("edgecore does not run")?
+            .ensure_running()
     }
 
     /// edgecore's process id on the host.
@@ -132,7 +172,11 @@ impl Edge {
 
     /// Everything edgecore has written since the machine was made.
     pub fn text(&self) -> String {
-        let log = self.machine.dir.join("../../log").join(format!("{}-edgecore.log", self.name));
+        let log = self
+            .machine
+            .dir
+            .join("../../log")
+            .join(format!("{}-edgecore.log", self.name));
         String::from_utf8_lossy(&fs::read(log).unwrap_or_default()).into_owned()
     }
 
@@ -144,6 +188,9 @@ impl Edge {
 
     /// The image archive is made once for all machines of a testbed.
     fn images_dir(&self) -> Result<&std::path::Path> {
-        self.machine.dir.parent().context("directory of the machines")
+        self.machine
+            .dir
+            .parent()
+            .context("directory of the machines")
     }
 }

@@ -52,7 +52,13 @@ pub fn hold_machine(spec: &MachineSpec) -> Result<()> {
     join_cgroup(&spec.cgroup)?;
     unshare(MACHINE).context("make the namespaces of a machine")?;
     let mut init = Command::new(std::env::current_exe()?)
-        .args(["machine-init", "--name", &spec.name, "--cgroup", &spec.cgroup])
+        .args([
+            "machine-init",
+            "--name",
+            &spec.name,
+            "--cgroup",
+            &spec.cgroup,
+        ])
         .arg("--dir")
         .arg(&spec.dir)
         .arg("--state")
@@ -95,7 +101,9 @@ pub fn enter(
     pid_file: Option<&Path>,
     argv: &[String],
 ) -> Result<i32> {
-    let Some((program, rest)) = argv.split_first() else { bail!("no command to run") };
+    let Some((program, rest)) = argv.split_first() else {
+        bail!("no command to run")
+    };
     let kinds: &[&str] = match cgroup {
         Some(path) => {
             join_cgroup(path)?;
@@ -104,8 +112,11 @@ pub fn enter(
         None => &["net"],
     };
     let open = |kind: &&str| fs::File::open(format!("/proc/{target}/ns/{kind}"));
-    let spaces: Vec<fs::File> =
-        kinds.iter().map(open).collect::<Result<_, _>>().context("open the namespaces")?;
+    let spaces: Vec<fs::File> = kinds
+        .iter()
+        .map(open)
+        .collect::<Result<_, _>>()
+        .context("open the namespaces")?;
     for space in &spaces {
         setns(space, CloneFlags::empty()).context("enter a namespace")?;
     }
@@ -120,13 +131,18 @@ pub fn enter(
         fs::write(path, child.id().to_string())?;
     }
     let status = child.wait()?;
-    Ok(status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default()))
+    Ok(status
+        .code()
+        .unwrap_or_else(|| 128 + status.signal().unwrap_or_default()))
 }
 
 /// The mounted cgroup hierarchies, as this process sees them: one for each controller in
 /// version 1, a single one in version 2, both kinds on a mixed machine.
 pub fn cgroup_roots() -> Vec<PathBuf> {
-    hierarchies().into_iter().map(|hierarchy| hierarchy.path).collect()
+    hierarchies()
+        .into_iter()
+        .map(|hierarchy| hierarchy.path)
+        .collect()
 }
 
 struct Hierarchy {
@@ -161,7 +177,11 @@ fn parse_hierarchy(line: &str) -> Option<Hierarchy> {
     if data.iter().any(|option| option.starts_with("name=")) {
         data.insert(0, "none");
     }
-    Some(Hierarchy { path, version, data: data.join(",") })
+    Some(Hierarchy {
+        path,
+        version,
+        data: data.join(","),
+    })
 }
 
 /// Puts this process into `path` of every hierarchy, making it where it is missing.
@@ -218,7 +238,12 @@ fn mount_cgroups() -> Result<()> {
     }
     for hierarchy in found {
         fs::create_dir_all(&hierarchy.path)?;
-        mount_fresh("cgroup", &hierarchy.path, hierarchy.version, &hierarchy.data)?;
+        mount_fresh(
+            "cgroup",
+            &hierarchy.path,
+            hierarchy.version,
+            &hierarchy.data,
+        )?;
         if hierarchy.version == "cgroup2" && hierarchy.path == base {
             delegate(base)?;
         }
@@ -241,14 +266,22 @@ fn delegate(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// `/etc` shows the host's files and keeps its changes to itself.
+/// `/etc` shows the host's files and keeps its changes to itself, over a reboot too. The host's
+/// own CNI configuration is none of the machine's.
 fn mount_private_etc(dir: &Path) -> Result<()> {
     let (upper, work) = (dir.join("etc"), dir.join("etc.work"));
+    let first_boot = !upper.exists();
     fs::create_dir_all(&upper)?;
     fs::create_dir_all(&work)?;
-    let data = format!("lowerdir=/etc,upperdir={},workdir={}", upper.display(), work.display());
+    let data = format!(
+        "lowerdir=/etc,upperdir={},workdir={}",
+        upper.display(),
+        work.display()
+    );
     mount_fresh("etc", Path::new("/etc"), "overlay", &data)?;
-    let _ = fs::remove_dir_all("/etc/cni/net.d");
+    if first_boot {
+        let _ = fs::remove_dir_all("/etc/cni/net.d");
+    }
     fs::create_dir_all("/etc/cni/net.d")?;
     Ok(())
 }
@@ -269,13 +302,25 @@ fn mount_private_var(spec: &MachineSpec) -> Result<()> {
 }
 
 fn bind(from: &Path, to: &Path) -> Result<()> {
-    mount(Some(from), to, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)
-        .with_context(|| format!("bind {} to {}", from.display(), to.display()))
+    mount(
+        Some(from),
+        to,
+        None::<&str>,
+        MsFlags::MS_BIND | MsFlags::MS_REC,
+        None::<&str>,
+    )
+    .with_context(|| format!("bind {} to {}", from.display(), to.display()))
 }
 
 fn mount_fresh(source: &str, target: &Path, kind: &str, data: &str) -> Result<()> {
-    mount(Some(source), target, Some(kind), MsFlags::empty(), Some(data))
-        .with_context(|| format!("mount {kind} ({data}) at {}", target.display()))
+    mount(
+        Some(source),
+        target,
+        Some(kind),
+        MsFlags::empty(),
+        Some(data),
+    )
+    .with_context(|| format!("mount {kind} ({data}) at {}", target.display()))
 }
 
 /// No resolver answers in a machine: what looks a name up must live with that.
@@ -283,7 +328,10 @@ fn write_names(name: &str) -> Result<()> {
     let _ = fs::remove_file("/etc/resolv.conf");
     fs::write("/etc/resolv.conf", "nameserver 192.168.77.1\n")?;
     fs::write("/etc/hostname", format!("{name}\n"))?;
-    fs::write("/etc/hosts", format!("127.0.0.1 localhost\n127.0.1.1 {name}\n"))?;
+    fs::write(
+        "/etc/hosts",
+        format!("127.0.0.1 localhost\n127.0.1.1 {name}\n"),
+    )?;
     Ok(())
 }
 
@@ -324,21 +372,32 @@ mod tests {
     #[test]
     fn a_version_1_hierarchy_is_mounted_again_by_its_controllers() {
         let line = "33 30 0:28 / /sys/fs/cgroup/cpu,cpuacct rw,nosuid shared:11 - cgroup cgroup rw,cpu,cpuacct";
-        let want = ("/sys/fs/cgroup/cpu,cpuacct".into(), "cgroup", "cpu,cpuacct".to_owned());
+        let want = (
+            "/sys/fs/cgroup/cpu,cpuacct".into(),
+            "cgroup",
+            "cpu,cpuacct".to_owned(),
+        );
         assert_eq!(parsed(line), Some(want));
     }
 
     #[test]
     fn a_named_hierarchy_is_mounted_again_by_its_name() {
         let line = "31 30 0:26 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,release_agent=/lib/x,name=systemd";
-        let want = ("/sys/fs/cgroup/systemd".into(), "cgroup", "none,name=systemd".to_owned());
+        let want = (
+            "/sys/fs/cgroup/systemd".into(),
+            "cgroup",
+            "none,name=systemd".to_owned(),
+        );
         assert_eq!(parsed(line), Some(want));
     }
 
     #[test]
     fn version_2_has_no_data_and_other_mounts_are_passed_over() {
         let line = "30 23 0:25 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate";
-        assert_eq!(parsed(line), Some(("/sys/fs/cgroup".into(), "cgroup2", String::new())));
+        assert_eq!(
+            parsed(line),
+            Some(("/sys/fs/cgroup".into(), "cgroup2", String::new()))
+        );
         assert_eq!(parsed("30 23 0:25 / /sys rw - sysfs sysfs rw"), None);
     }
 }

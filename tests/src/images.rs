@@ -52,7 +52,11 @@ fn busybox_layer() -> Result<Vec<u8>> {
     for applet in applets.lines().filter(|applet| *applet != "busybox") {
         tar.link(&format!("bin/{applet}"), "busybox");
     }
-    tar.file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n", 0o644);
+    tar.file(
+        "etc/passwd",
+        b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n",
+        0o644,
+    );
     tar.file("etc/group", b"root:x:0:\nnogroup:x:65534:\n", 0o644);
     Ok(tar.finish())
 }
@@ -60,8 +64,11 @@ fn busybox_layer() -> Result<Vec<u8>> {
 fn pause_layer(dir: &Path) -> Result<Vec<u8>> {
     let (source, program) = (dir.join("pause.c"), dir.join("pause"));
     fs::write(&source, PAUSE_SOURCE)?;
-    run(Command::new("cc").args(["-Os", "-static", "-s", "-o"]).arg(&program).arg(&source))
-        .context("build pause (Debian packages gcc and libc6-dev)")?;
+    run(Command::new("cc")
+        .args(["-Os", "-static", "-s", "-o"])
+        .arg(&program)
+        .arg(&source))
+    .context("build pause (Debian packages gcc and libc6-dev)")?;
     let mut tar = Tar::default();
     tar.file("pause", &fs::read(&program)?, 0o755);
     Ok(tar.finish())
@@ -85,16 +92,20 @@ impl Layout {
             "config": {"Cmd": command, "Env": ["PATH=/bin"], "WorkingDir": "/"},
             "rootfs": {"type": "layers", "diff_ids": [layer["digest"]]},
         });
-        let config =
-            self.blob("application/vnd.oci.image.config.v1+json", &serde_json::to_vec(&config)?);
+        let config = self.blob(
+            "application/vnd.oci.image.config.v1+json",
+            &serde_json::to_vec(&config)?,
+        );
         let manifest = json!({
             "schemaVersion": 2,
             "mediaType": "application/vnd.oci.image.manifest.v1+json",
             "config": config,
             "layers": [layer],
         });
-        let mut entry = self
-            .blob("application/vnd.oci.image.manifest.v1+json", &serde_json::to_vec(&manifest)?);
+        let mut entry = self.blob(
+            "application/vnd.oci.image.manifest.v1+json",
+            &serde_json::to_vec(&manifest)?,
+        );
         entry["annotations"] = json!({"io.containerd.image.name": name});
         self.manifests.push(entry);
         Ok(())
@@ -108,7 +119,11 @@ impl Layout {
             self.begun = true;
         }
         let digest = ring::digest::digest(&ring::digest::SHA256, bytes);
-        let hex: String = digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+        let hex: String = digest
+            .as_ref()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
         self.tar.file(&format!("blobs/sha256/{hex}"), bytes, 0o644);
         json!({"mediaType": kind, "digest": format!("sha256:{hex}"), "size": bytes.len()})
     }
@@ -119,8 +134,10 @@ impl Layout {
             "mediaType": "application/vnd.oci.image.index.v1+json",
             "manifests": self.manifests,
         });
-        self.tar.file("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#, 0o644);
-        self.tar.file("index.json", &serde_json::to_vec(&index)?, 0o644);
+        self.tar
+            .file("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#, 0o644);
+        self.tar
+            .file("index.json", &serde_json::to_vec(&index)?, 0o644);
         Ok(self.tar.finish())
     }
 }
@@ -174,7 +191,8 @@ impl Tar {
         header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
         self.bytes.extend_from_slice(&header);
         self.bytes.extend_from_slice(content);
-        self.bytes.resize(self.bytes.len().next_multiple_of(BLOCK), 0);
+        self.bytes
+            .resize(self.bytes.len().next_multiple_of(BLOCK), 0);
     }
 
     fn finish(mut self) -> Vec<u8> {
@@ -195,7 +213,13 @@ mod tests {
         let sum: u32 = tar.bytes[..BLOCK]
             .iter()
             .enumerate()
-            .map(|(at, byte)| if (148..156).contains(&at) { 32 } else { u32::from(*byte) })
+            .map(|(at, byte)| {
+                if (148..156).contains(&at) {
+                    32
+                } else {
+                    u32::from(*byte)
+                }
+            })
             .sum();
         assert_eq!(&tar.bytes[148..154], format!("{sum:06o}").as_bytes());
         assert_eq!(tar.finish().len(), 5 * BLOCK);

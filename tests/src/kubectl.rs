@@ -24,13 +24,20 @@ pub struct Kubectl {
 
 impl Kubectl {
     pub fn new(program: &Path, kubeconfig: &Path) -> Kubectl {
-        Kubectl { program: program.to_owned(), kubeconfig: kubeconfig.to_owned() }
+        Kubectl {
+            program: program.to_owned(),
+            kubeconfig: kubeconfig.to_owned(),
+        }
     }
 
     /// A command with the kubeconfig set, for callers that stream.
     pub fn command(&self, words: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
-        command.arg("--kubeconfig").arg(&self.kubeconfig).args(words).stdin(Stdio::null());
+        command
+            .arg("--kubeconfig")
+            .arg(&self.kubeconfig)
+            .args(words)
+            .stdin(Stdio::null());
         command
     }
 
@@ -66,7 +73,13 @@ impl Kubectl {
 
     pub fn ok_with(&self, words: &[&str], input: &str) -> Result<String> {
         let said = self.run_with(words, input)?;
-        ensure!(said.code == 0, "kubectl {}: {}{}", words.join(" "), said.stdout, said.stderr);
+        ensure!(
+            said.code == 0,
+            "kubectl {}: {}{}",
+            words.join(" "),
+            said.stdout,
+            said.stderr
+        );
         Ok(said.stdout)
     }
 

@@ -130,7 +130,12 @@ fn run(word: Word) -> Result<i32> {
         Word::Hold { network: true, .. } => holder::hold_network()?,
         Word::Hold { machine, .. } => holder::hold_machine(&machine.into())?,
         Word::MachineInit(machine) => holder::machine_init(&machine.into())?,
-        Word::Enter { target, cgroup, pid_file, argv } => {
+        Word::Enter {
+            target,
+            cgroup,
+            pid_file,
+            argv,
+        } => {
             return holder::enter(target, cgroup.as_deref(), pid_file.as_deref(), &argv);
         }
     }

@@ -39,7 +39,10 @@ impl Space {
             BufReader::new(out).read_line(&mut line)?;
         }
         let said = || fs::read_to_string(log).unwrap_or_default();
-        let pid = line.trim().parse().with_context(|| format!("no namespaces: {}", said()))?;
+        let pid = line
+            .trim()
+            .parse()
+            .with_context(|| format!("no namespaces: {}", said()))?;
         Ok(Space { holder, pid })
     }
 
@@ -55,7 +58,11 @@ impl Space {
     }
 
     fn iptables(&self, words: &str) -> Result<()> {
-        run(self.command("iptables").arg("-w").args(words.split_whitespace())).map(drop)
+        run(self
+            .command("iptables")
+            .arg("-w")
+            .args(words.split_whitespace()))
+        .map(drop)
     }
 }
 
@@ -79,7 +86,9 @@ impl Backbone {
         hold.args(["hold", "--network"]);
         let space = Space::build(hold, &bed.dir.join("log/network.log"))?;
         let (link, pid) = (bed.link(), space.pid.to_string());
-        host_ip(&format!("link add {link} type veth peer name host netns {pid}"))?;
+        host_ip(&format!(
+            "link add {link} type veth peer name host netns {pid}"
+        ))?;
         host_ip(&format!("address add {}/24 dev {link}", bed.host_address()))?;
         host_ip(&format!("link set {link} up"))?;
         space.ip("link set lo up")?;
@@ -87,7 +96,11 @@ impl Backbone {
         space.ip("link set br0 up")?;
         space.ip("link set host master br0")?;
         space.ip("link set host up")?;
-        Ok(Backbone { bed: bed.clone(), space, next: AtomicU8::new(1) })
+        Ok(Backbone {
+            bed: bed.clone(),
+            space,
+            next: AtomicU8::new(1),
+        })
     }
 
     /// A new machine behind a router of its own.
@@ -98,18 +111,16 @@ impl Backbone {
         fs::create_dir_all(&dir)?;
         let router = self.router(number)?;
         let cgroup = format!("{}/{name}", self.bed.link());
-        let mut hold = self.bed.testbed()?;
-        hold.args(["hold", "--name", name, "--cgroup", &cgroup, "--dir"]).arg(&dir);
-        hold.arg("--state").arg(&self.bed.dir);
-        let space = Space::build(hold, &self.bed.dir.join("log").join(format!("{name}.log")))?;
-        router.ip(&format!("link add lan type veth peer name eth0 netns {}", space.pid))?;
-        router.ip(&format!("address add {ROUTER_ADDRESS}/24 dev lan"))?;
-        router.ip("link set lan up")?;
-        space.ip("link set lo up")?;
-        space.ip(&format!("address add {EDGE_ADDRESS}/24 dev eth0"))?;
-        space.ip("link set eth0 up")?;
-        space.ip(&format!("route add default via {ROUTER_ADDRESS}"))?;
-        Ok(Machine { name: name.to_owned(), dir, bed: self.bed.clone(), cgroup, space, router })
+        let name = name.to_owned();
+        let space = plug_in(&self.bed, &name, &dir, &cgroup, &router)?;
+        Ok(Machine {
+            name,
+            dir,
+            bed: self.bed.clone(),
+            cgroup,
+            space: Some(space),
+            router,
+        })
     }
 
     fn router(&self, number: u8) -> Result<Space> {
@@ -117,14 +128,22 @@ impl Backbone {
         hold.args(["hold", "--network"]);
         let router = Space::build(hold, &self.bed.dir.join("log/network.log"))?;
         let address = format!("198.18.{}.{}/24", self.bed.number, 10 + u16::from(number));
-        self.space.ip(&format!("link add r{number} type veth peer name wan netns {}", router.pid))?;
+        self.space.ip(&format!(
+            "link add r{number} type veth peer name wan netns {}",
+            router.pid
+        ))?;
         self.space.ip(&format!("link set r{number} master br0"))?;
         self.space.ip(&format!("link set r{number} up"))?;
         router.ip("link set lo up")?;
         router.ip(&format!("address add {address} dev wan"))?;
         router.ip("link set wan up")?;
-        router.ip(&format!("route add default via {}", self.bed.host_address()))?;
-        run(router.command("sh").args(["-c", "echo 1 >/proc/sys/net/ipv4/ip_forward"]))?;
+        router.ip(&format!(
+            "route add default via {}",
+            self.bed.host_address()
+        ))?;
+        run(router
+            .command("sh")
+            .args(["-c", "echo 1 >/proc/sys/net/ipv4/ip_forward"]))?;
         for rule in [
             "-N FAULT",
             "-A FORWARD -j FAULT",
@@ -137,6 +156,25 @@ impl Backbone {
         }
         Ok(router)
     }
+}
+
+/// Starts a machine on what `dir` holds and connects it to its router.
+fn plug_in(bed: &Bed, name: &str, dir: &Path, cgroup: &str, router: &Space) -> Result<Space> {
+    let mut hold = bed.testbed()?;
+    hold.args(["hold", "--name", name, "--cgroup", cgroup]);
+    hold.arg("--dir").arg(dir).arg("--state").arg(&bed.dir);
+    let space = Space::build(hold, &bed.dir.join("log").join(format!("{name}.log")))?;
+    router.ip(&format!(
+        "link add lan type veth peer name eth0 netns {}",
+        space.pid
+    ))?;
+    router.ip(&format!("address add {ROUTER_ADDRESS}/24 dev lan"))?;
+    router.ip("link set lan up")?;
+    space.ip("link set lo up")?;
+    space.ip(&format!("address add {EDGE_ADDRESS}/24 dev eth0"))?;
+    space.ip("link set eth0 up")?;
+    space.ip(&format!("route add default via {ROUTER_ADDRESS}"))?;
+    Ok(space)
 }
 
 /// Bytes and packets that went through a router's outside, as its interface counts them:
@@ -156,11 +194,27 @@ pub struct Machine {
     pub dir: PathBuf,
     bed: Arc<Bed>,
     cgroup: String,
-    space: Space,
+    /// Absent only while it is switched off.
+    space: Option<Space>,
     router: Space,
 }
 
 impl Machine {
+    /// Power fails and comes back: every process ends at once, mounts and `/run` are gone, what
+    /// is on disk stays. Nothing is started.
+    pub fn reboot(&mut self) -> Result<()> {
+        self.space = None;
+        // The kernel takes the machine's end of the cable away some time after its last process.
+        wait_for("end of the old machine", Duration::from_secs(10), || {
+            let left = run(self.router.command("ip").args(["link", "show", "lan"]));
+            ensure!(left.is_err(), "its cable is still there");
+            Ok(())
+        })?;
+        let space = plug_in(&self.bed, &self.name, &self.dir, &self.cgroup, &self.router)?;
+        self.space = Some(space);
+        Ok(())
+    }
+
     /// A command that runs inside the machine.
     pub fn command(&self, program: &str) -> Result<Command> {
         self.enter(program, None)
@@ -168,12 +222,17 @@ impl Machine {
 
     /// Starts a long-lived program inside. The second value is its process id on the host.
     pub fn spawn(&self, program: &str, shape: impl FnOnce(&mut Command)) -> Result<Inside> {
-        let name = Path::new(program).file_name().unwrap_or_default().to_string_lossy();
+        let name = Path::new(program)
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy();
         let pid_file = self.dir.join(format!("{name}.pid"));
         let _ = fs::remove_file(&pid_file);
         let mut command = self.enter(program, Some(&pid_file))?;
         shape(&mut command);
-        let mut outer = self.bed.spawn(&format!("{}-{name}", self.name), &mut command)?;
+        let mut outer = self
+            .bed
+            .spawn(&format!("{}-{name}", self.name), &mut command)?;
         let what = format!("start of {name} in {}", self.name);
         let pid = wait_for(&what, Duration::from_secs(10), || {
             let ended = outer.ensure_running();
@@ -187,7 +246,8 @@ impl Machine {
 
     fn enter(&self, program: &str, pid_file: Option<&Path>) -> Result<Command> {
         let mut command = self.bed.testbed()?;
-        command.args(["enter", "--target", &self.space.pid.to_string()]);
+        let space = self.space.as_ref().context("the machine is switched off")?;
+        command.args(["enter", "--target", &space.pid.to_string()]);
         command.args(["--cgroup", &self.cgroup]);
         if let Some(path) = pid_file {
             command.arg("--pid-file").arg(path);
@@ -226,8 +286,14 @@ impl Machine {
     /// The router forgets its connections and has another address outside, as after a new dial-in.
     pub fn change_address(&self, last_octet: u8) -> Result<()> {
         self.router.ip("address flush dev wan")?;
-        self.router.ip(&format!("address add 198.18.{}.{last_octet}/24 dev wan", self.bed.number))?;
-        self.router.ip(&format!("route add default via {}", self.bed.host_address()))
+        self.router.ip(&format!(
+            "address add 198.18.{}.{last_octet}/24 dev wan",
+            self.bed.number
+        ))?;
+        self.router.ip(&format!(
+            "route add default via {}",
+            self.bed.host_address()
+        ))
     }
 
     /// What has crossed the router's outside so far.
@@ -237,9 +303,15 @@ impl Machine {
             .lines()
             .find_map(|line| line.trim().strip_prefix("wan:"))
             .context("no outside interface")?;
-        let numbers: Vec<u64> = line.split_whitespace().map_while(|n| n.parse().ok()).collect();
+        let numbers: Vec<u64> = line
+            .split_whitespace()
+            .map_while(|n| n.parse().ok())
+            .collect();
         ensure!(numbers.len() >= 16, "unexpected /proc/net/dev");
-        Ok(Traffic { up: numbers[8], down: numbers[0] })
+        Ok(Traffic {
+            up: numbers[8],
+            down: numbers[0],
+        })
     }
 }
 

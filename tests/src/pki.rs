@@ -65,19 +65,27 @@ impl Authority {
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, name);
         for group in groups {
-            params.distinguished_name.push(DnType::OrganizationName, *group);
+            params
+                .distinguished_name
+                .push(DnType::OrganizationName, *group);
         }
         for host in hosts {
-            params.subject_alt_names.push(SanType::DnsName((*host).try_into()?));
+            params
+                .subject_alt_names
+                .push(SanType::DnsName((*host).try_into()?));
         }
         for ip in ips {
             params.subject_alt_names.push(SanType::IpAddress(*ip));
         }
         params.use_authority_key_identifier_extension = true;
-        params.key_usages =
-            vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
-        params.extended_key_usages =
-            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.key_usages = vec![
+            KeyUsagePurpose::DigitalSignature,
+            KeyUsagePurpose::KeyEncipherment,
+        ];
+        params.extended_key_usages = vec![
+            ExtendedKeyUsagePurpose::ServerAuth,
+            ExtendedKeyUsagePurpose::ClientAuth,
+        ];
         let key = KeyPair::generate()?;
         let pem = params.signed_by(&key, &self.issuer)?.pem();
         let (cert, key) = write_pair(&self.dir, file, &pem, &key.serialize_pem())?;
@@ -85,15 +93,23 @@ impl Authority {
     }
 }
 
-/// Writes a bare key, for the signature of ServiceAccount tokens.
-pub fn signing_key(dir: &Path, name: &str) -> Result<PathBuf> {
-    let path = dir.join(format!("{name}.key"));
-    write_private(&path, &KeyPair::generate()?.serialize_pem())?;
-    Ok(path)
+/// Writes a bare key pair, for the signature of ServiceAccount tokens: `cert` is the public half.
+pub fn signing_key(dir: &Path, name: &str) -> Result<Pair> {
+    let pair = Pair {
+        cert: dir.join(format!("{name}.pub")),
+        key: dir.join(format!("{name}.key")),
+    };
+    let key = KeyPair::generate()?;
+    fs::write(&pair.cert, key.public_key_pem())?;
+    write_private(&pair.key, &key.serialize_pem())?;
+    Ok(pair)
 }
 
 fn write_pair(dir: &Path, name: &str, cert: &str, key: &str) -> Result<(PathBuf, PathBuf)> {
-    let (cert_file, key_file) = (dir.join(format!("{name}.crt")), dir.join(format!("{name}.key")));
+    let (cert_file, key_file) = (
+        dir.join(format!("{name}.crt")),
+        dir.join(format!("{name}.key")),
+    );
     fs::write(&cert_file, cert).with_context(|| format!("write {}", cert_file.display()))?;
     write_private(&key_file, key)?;
     Ok((cert_file, key_file))

@@ -32,9 +32,16 @@ pub const K8S_1_37: Release = Release {
     version: "1.37.2",
     module: "v1.37",
     package: "k8s.io/kubernetes/cmd/*",
-    stamped: &["k8s.io/component-base/version", "k8s.io/client-go/pkg/version"],
+    stamped: &[
+        "k8s.io/component-base/version",
+        "k8s.io/client-go/pkg/version",
+    ],
 };
-pub const K8S_1_33: Release = Release { version: "1.33.13", module: "v1.33", ..K8S_1_37 };
+pub const K8S_1_33: Release = Release {
+    version: "1.33.13",
+    module: "v1.33",
+    ..K8S_1_37
+};
 pub const ETCD: Release = Release {
     version: "3.6.16",
     module: "etcd",
@@ -54,7 +61,9 @@ const GO: (u32, u32) = (1, 26);
 impl Release {
     /// Major and minor: `1.37`.
     pub fn minor(&self) -> &'static str {
-        self.version.rsplit_once('.').map_or(self.version, |(minor, _)| minor)
+        self.version
+            .rsplit_once('.')
+            .map_or(self.version, |(minor, _)| minor)
     }
 
     fn linker_flags(&self) -> String {
@@ -95,30 +104,43 @@ pub fn ensure(name: &str, release: Release) -> Result<PathBuf> {
 
 /// A program that the distribution installed.
 pub fn on_path(name: &str) -> Result<PathBuf> {
-    search(name).next().with_context(|| format!("{name} is not installed"))
+    search(name)
+        .next()
+        .with_context(|| format!("{name} is not installed"))
 }
 
 fn installed(name: &str, release: Release) -> Option<PathBuf> {
     let assets = std::env::var_os("KUBEBUILDER_ASSETS").map(|dir| PathBuf::from(dir).join(name));
-    assets.into_iter().chain(search(name)).find(|path| matches_release(path, name, release))
+    assets
+        .into_iter()
+        .chain(search(name))
+        .find(|path| matches_release(path, name, release))
 }
 
 fn search(name: &str) -> impl Iterator<Item = PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let mut dirs: Vec<PathBuf> = std::env::split_paths(&path).collect();
     dirs.extend(["/usr/sbin".into(), "/sbin".into()]);
-    dirs.into_iter().map(move |dir| dir.join(name)).filter(|path| path.is_file())
+    dirs.into_iter()
+        .map(move |dir| dir.join(name))
+        .filter(|path| path.is_file())
 }
 
 /// Whether the program says that it is of the wanted release (etcd: any 3.5 or newer serves).
 fn matches_release(path: &Path, name: &str, release: Release) -> bool {
-    let words: &[&str] = if name == "kubectl" { &["version", "--client"] } else { &["--version"] };
+    let words: &[&str] = if name == "kubectl" {
+        &["version", "--client"]
+    } else {
+        &["--version"]
+    };
     let Ok(output) = Command::new(path).args(words).stdin(Stdio::null()).output() else {
         return false;
     };
     let said = String::from_utf8_lossy(&output.stdout);
     match release.module {
-        "etcd" => ["3.5.", "3.6.", "3.7."].iter().any(|v| said.contains(&format!("Version: {v}"))),
+        "etcd" => ["3.5.", "3.6.", "3.7."]
+            .iter()
+            .any(|v| said.contains(&format!("Version: {v}"))),
         "containerd" => said.contains(&format!(" v{} ", release.version)),
         _ => said.contains(&format!("v{}.", release.minor())),
     }
@@ -127,7 +149,9 @@ fn matches_release(path: &Path, name: &str, release: Release) -> bool {
 fn cache() -> Result<PathBuf> {
     let base = match std::env::var_os("XDG_CACHE_HOME") {
         Some(dir) if !dir.is_empty() => PathBuf::from(dir),
-        _ => PathBuf::from(std::env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache"),
+        _ => {
+            PathBuf::from(std::env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache")
+        }
     };
     let dir = base.join("edge-testbed/bin");
     fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
@@ -136,16 +160,28 @@ fn cache() -> Result<PathBuf> {
 
 fn build(name: &str, release: Release, path: &Path) -> Result<()> {
     let go = go()?;
-    let module = Path::new(env!("CARGO_MANIFEST_DIR")).join("controlplane").join(release.module);
+    let module = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("controlplane")
+        .join(release.module);
     let unfinished = path.with_extension("unfinished");
     let begun = Instant::now();
-    progress(&format!("building {name} {} from source (once; it is kept)", release.version));
+    progress(&format!(
+        "building {name} {} from source (once; it is kept)",
+        release.version
+    ));
     let mut child = Command::new(go)
         .current_dir(&module)
         .env("CGO_ENABLED", "0")
         .env("GOFLAGS", "-mod=readonly")
         .env("GOTOOLCHAIN", "local")
-        .args(["build", "-v", "-trimpath", "-buildvcs=false", "-ldflags", &release.linker_flags()])
+        .args([
+            "build",
+            "-v",
+            "-trimpath",
+            "-buildvcs=false",
+            "-ldflags",
+            &release.linker_flags(),
+        ])
         .arg("-o")
         .arg(&unfinished)
         .arg(release.package.replace('*', name))
@@ -154,7 +190,10 @@ fn build(name: &str, release: Release, path: &Path) -> Result<()> {
         .stderr(Stdio::piped())
         .spawn()
         .context("start go")?;
-    let last = child.stderr.take().map(|err| report(name, begun, BufReader::new(err)));
+    let last = child
+        .stderr
+        .take()
+        .map(|err| report(name, begun, BufReader::new(err)));
     ensure!(
         child.wait()?.success(),
         "building {name} {} failed:\n{}",
@@ -162,7 +201,11 @@ fn build(name: &str, release: Release, path: &Path) -> Result<()> {
         last.unwrap_or_default()
     );
     fs::rename(&unfinished, path)?;
-    progress(&format!("built {name} {} in {} s", release.version, begun.elapsed().as_secs()));
+    progress(&format!(
+        "built {name} {} in {} s",
+        release.version,
+        begun.elapsed().as_secs()
+    ));
     Ok(())
 }
 
@@ -176,7 +219,9 @@ fn report(name: &str, begun: Instant, lines: impl BufRead) -> String {
         if shown.elapsed() >= Duration::from_secs(10) {
             shown = Instant::now();
             let seconds = begun.elapsed().as_secs();
-            progress(&format!("    {name}: {seconds} s, {count} packages compiled"));
+            progress(&format!(
+                "    {name}: {seconds} s, {count} packages compiled"
+            ));
         }
         if last.len() == 20 {
             last.pop_front();
@@ -191,9 +236,16 @@ fn go() -> Result<PathBuf> {
     let Some(go) = search("go").next().or(usual.is_file().then_some(usual)) else {
         bail!("{}", missing_go("there is no Go on this machine"));
     };
-    let said = Command::new(&go).args(["env", "GOVERSION"]).env("GOTOOLCHAIN", "local").output()?;
+    let said = Command::new(&go)
+        .args(["env", "GOVERSION"])
+        .env("GOTOOLCHAIN", "local")
+        .output()?;
     let said = String::from_utf8_lossy(&said.stdout).trim().to_owned();
-    ensure!(new_enough(&said), "{}", missing_go(&format!("{} is {said}", go.display())));
+    ensure!(
+        new_enough(&said),
+        "{}",
+        missing_go(&format!("{} is {said}", go.display()))
+    );
     Ok(go)
 }
 
@@ -209,7 +261,10 @@ fn missing_go(why: &str) -> String {
 
 /// Reads `go1.26.8`.
 fn new_enough(said: &str) -> bool {
-    let mut numbers = said.trim_start_matches("go").split('.').map(|n| n.parse::<u32>().ok());
+    let mut numbers = said
+        .trim_start_matches("go")
+        .split('.')
+        .map(|n| n.parse::<u32>().ok());
     match (numbers.next().flatten(), numbers.next().flatten()) {
         (Some(major), Some(minor)) => (major, minor) >= GO,
         _ => false,
@@ -222,9 +277,13 @@ mod tests {
 
     #[test]
     fn an_older_go_is_told_from_a_newer_one() {
-        for (said, want) in
-            [("go1.26.8", true), ("go1.30", true), ("go1.25.9", false), ("", false), ("devel", false)]
-        {
+        for (said, want) in [
+            ("go1.26.8", true),
+            ("go1.30", true),
+            ("go1.25.9", false),
+            ("", false),
+            ("devel", false),
+        ] {
             assert_eq!(new_enough(said), want, "{said}");
         }
     }

@@ -40,28 +40,41 @@ pub fn up(dir: &Path, example: &Path) -> Result<()> {
         progress("the last run did not finish; starting over");
         down(dir, example)?;
     }
-    let foreign = std::env::var_os("KUBECONFIG").filter(|path| !path.is_empty()).map(PathBuf::from);
+    let foreign = std::env::var_os("KUBECONFIG")
+        .filter(|path| !path.is_empty())
+        .map(PathBuf::from);
     let bed = Arc::new(Bed::kept(dir)?);
     let backbone = Backbone::build(&bed)?;
     let kubectl = control_plane(&bed, foreign)?;
     progress("cloudcore: install, run");
     let cloud = Cloud::start(&bed, &kubectl.kubeconfig)?;
-    progress(&format!("edge machine {NODE} behind NAT: containerd, edgecore --join"));
+    progress(&format!(
+        "edge machine {NODE} behind NAT: containerd, edgecore --join"
+    ));
     let mut edge = Edge::prepare(&backbone, NODE, Flavour::Packaged)?;
     edge.join(&cloud.invite(&[])?)?;
     let ready = wait_for("Node Ready", Duration::from_secs(90), || {
         edge.ensure_running()?;
         let node = kubectl.json(&["get", "node", NODE])?;
-        ensure!(condition(&node, "Ready") == Some("True"), "{}", node["status"]["conditions"]);
+        ensure!(
+            condition(&node, "Ready") == Some("True"),
+            "{}",
+            node["status"]["conditions"]
+        );
         Ok(())
     });
     ready.with_context(|| format!("{}\n{}", cloud.tail(20), edge.tail(20)))?;
     progress("example Deployment");
     let file = example.to_str().context("path of the example")?;
     kubectl.ok(&["apply", "-f", file])?;
-    let rolled = ["rollout", "status", "--timeout=120s", "-f", file];
-    kubectl.ok(&rolled).with_context(|| format!("{}\n{}", cloud.tail(20), edge.tail(20)))?;
-    let lines = [kubectl.program.display().to_string(), kubectl.kubeconfig.display().to_string()];
+    let rolled = ["rollout", "status", "deployment/hello", "--timeout=120s"];
+    kubectl
+        .ok(&rolled)
+        .with_context(|| format!("{}\n{}", cloud.tail(20), edge.tail(20)))?;
+    let lines = [
+        kubectl.program.display().to_string(),
+        kubectl.kubeconfig.display().to_string(),
+    ];
     fs::write(bed.dir.join(DONE), lines.join("\n"))?;
     // Their ends are the testbed's end, not this function's.
     std::mem::forget((edge, backbone));
@@ -70,12 +83,12 @@ pub fn up(dir: &Path, example: &Path) -> Result<()> {
 
 /// Removes everything that [`up`] made, in an existing cluster too.
 pub fn down(dir: &Path, example: &Path) -> Result<()> {
-    if let Some((kubectl, bed)) = finished(dir).zip(Bed::kept(dir).ok().map(Arc::new)) {
-        if !kubectl.kubeconfig.starts_with(&bed.dir) {
-            progress("removing the example and CloudCore from the cluster");
-            if let Err(error) = leave(&kubectl, &bed, example) {
-                progress(&format!("the cluster could not be cleaned: {error:#}"));
-            }
+    if let Some((kubectl, bed)) = finished(dir).zip(Bed::kept(dir).ok().map(Arc::new))
+        && !kubectl.kubeconfig.starts_with(&bed.dir)
+    {
+        progress("removing the example and CloudCore from the cluster");
+        if let Err(error) = leave(&kubectl, &bed, example) {
+            progress(&format!("the cluster could not be cleaned: {error:#}"));
         }
     }
     match bed::find_kept(dir) {
@@ -88,9 +101,12 @@ pub fn down(dir: &Path, example: &Path) -> Result<()> {
 
 fn control_plane(bed: &Arc<Bed>, foreign: Option<PathBuf>) -> Result<Kubectl> {
     if let Some(kubeconfig) = foreign {
-        progress(&format!("using the cluster of KUBECONFIG={}", kubeconfig.display()));
-        let program = programs::on_path("kubectl")
-            .or_else(|_| programs::ensure("kubectl", K8S_1_37))?;
+        progress(&format!(
+            "using the cluster of KUBECONFIG={}",
+            kubeconfig.display()
+        ));
+        let program =
+            programs::on_path("kubectl").or_else(|_| programs::ensure("kubectl", K8S_1_37))?;
         let kubectl = Kubectl::new(&program, &kubeconfig.canonicalize()?);
         kubectl.ok(&["get", "--raw", "/readyz", "--request-timeout=10s"])?;
         return Ok(kubectl);
@@ -103,7 +119,12 @@ fn control_plane(bed: &Arc<Bed>, foreign: Option<PathBuf>) -> Result<Kubectl> {
 /// Builds the programs of a control plane that are not in the cache, and with `peers` those that
 /// the benchmark compares with.
 pub fn build(options: Options, peers: bool) -> Result<()> {
-    let parts = ["kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl"];
+    let parts = [
+        "kube-apiserver",
+        "kube-controller-manager",
+        "kube-scheduler",
+        "kubectl",
+    ];
     for part in parts {
         programs::ensure(part, options.release)?;
     }
@@ -126,7 +147,10 @@ fn finished(dir: &Path) -> Option<Kubectl> {
 /// What `kubectl get` shows, if the node is there and Ready and the example runs.
 fn shown(kubectl: &Kubectl) -> Result<String> {
     let node = kubectl.json(&["get", "node", NODE, "--request-timeout=10s"])?;
-    ensure!(condition(&node, "Ready") == Some("True"), "{NODE} is not Ready");
+    ensure!(
+        condition(&node, "Ready") == Some("True"),
+        "{NODE} is not Ready"
+    );
     let table = kubectl.ok(&["get", "nodes,pods", "-o", "wide"])?;
     match table.contains("Running") {
         true => Ok(table),
@@ -155,7 +179,7 @@ fn leave(kubectl: &Kubectl, bed: &Arc<Bed>, example: &Path) -> Result<()> {
     kubectl.ok(&["delete", "-f", file, "--ignore-not-found", "--timeout=60s"])?;
     let cloud = Cloud::prepared(bed, &kubectl.kubeconfig)?;
     cloud.revoke(NODE)?;
-    let label = ["-l", "app.kubernetes.io/part-of=edge"];
+    let label = ["-l", "app.kubernetes.io/part-of=cloudcore"];
     let kinds = "clusterroles,clusterrolebindings,validatingadmissionpolicies,\
                  validatingadmissionpolicybindings,customresourcedefinitions";
     kubectl.ok(&[&["delete", kinds, "--ignore-not-found"], &label[..]].concat())?;
