@@ -23,6 +23,7 @@ pub mod holder;
 pub mod images;
 pub mod kubectl;
 pub mod netns;
+pub mod peer;
 pub mod pki;
 pub mod programs;
 pub mod quickstart;

@@ -3,7 +3,10 @@
 //!
 //! Needs root, and the programs that `deploy/quickstart.sh` installs. It fails without them; it
 //! never passes by doing nothing.
-#![expect(clippy::print_stdout, reason = "figures on the way, shown with --nocapture")]
+#![expect(
+    clippy::print_stdout,
+    reason = "figures on the way, shown with --nocapture"
+)]
 
 #[path = "system/autonomy.rs"]
 mod autonomy;
