@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use common::hub::dial::TransportChoice;
+use common::hub::dial::Preference;
 use serde::Deserialize;
 
 use crate::cli::RunArgs;
@@ -39,7 +39,7 @@ pub struct Config {
     pub name: Option<String>,
     pub cri: PathBuf,
     pub data_dir: PathBuf,
-    pub transport: TransportChoice,
+    pub transport: Preference,
     pub admin: PathBuf,
     pub log: String,
     pub log_json: bool,
@@ -112,11 +112,11 @@ fn socket(text: &str) -> Result<PathBuf, ConfigError> {
     }
 }
 
-fn choice(text: &str) -> Result<TransportChoice, ConfigError> {
+fn choice(text: &str) -> Result<Preference, ConfigError> {
     match text {
-        "auto" => Ok(TransportChoice::Auto),
-        "quic" => Ok(TransportChoice::Quic),
-        "websocket" => Ok(TransportChoice::WebSocket),
+        "auto" => Ok(Preference::Auto),
+        "quic" => Ok(Preference::Quic),
+        "websocket" => Ok(Preference::WebSocket),
         other => Err(ConfigError::Transport(other.to_owned())),
     }
 }
@@ -134,7 +134,7 @@ mod tests {
         let config = Config::resolve(args).unwrap();
         assert_eq!(config.name.as_deref(), Some("from-flag"));
         assert_eq!(config.cri, PathBuf::from("/run/x.sock"));
-        assert_eq!(config.transport, TransportChoice::Quic);
+        assert_eq!(config.transport, Preference::Quic);
         assert_eq!(config.data_dir, PathBuf::from("/var/lib/edgecore"));
     }
 

@@ -16,8 +16,10 @@ pub mod tokens;
 use std::time::Duration;
 
 use common::backoff::Backoff;
-use common::hub::dial::{self, DialConfig, TransportChoice};
+use common::hub::dial::{self, DialError, DialOptions, Preference, Target};
 use common::hub::proto::{self, GoAwayReason};
+use common::hub::tls::ClientIdentity;
+use common::hub::transport::{Connection, LinkConfig, TransportKind};
 use common::telemetry::chain;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -43,6 +45,26 @@ const LONGEST_WAIT: Duration = Duration::from_secs(30);
 /// A cloud that says that it does not want this device is asked this often.
 const UNWANTED_WAIT: Duration = Duration::from_secs(300);
 
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+enum LinkError {
+    #[error("the link record of this device is damaged; join again with a new token")]
+    Link(#[from] common::pki::PkiError),
+    #[error(transparent)]
+    Dial(#[from] DialError),
+}
+
+/// Keep-alives that notice a dead link in time: two fit into the deadline.
+fn link_config(dead_after: Duration) -> LinkConfig {
+    let usual = LinkConfig::default();
+    LinkConfig {
+        keep_alive: usual.keep_alive.min(dead_after / 2),
+        ping_every: usual.ping_every.min(dead_after.mul_f64(0.45)),
+        dead_after,
+        ..usual
+    }
+}
+
 /// What the task is made of.
 pub struct Deps {
     pub store: Store,
@@ -53,7 +75,7 @@ pub struct Deps {
     pub asks: mpsc::Receiver<Ask>,
     pub connected: watch::Sender<bool>,
     pub environment: watch::Sender<Option<proto::NodeEnvironment>>,
-    pub transport: TransportChoice,
+    pub transport: Preference,
     pub dead_after: Duration,
 }
 
@@ -61,7 +83,7 @@ pub struct Deps {
 pub struct Task {
     deps: Deps,
     backoff: Backoff,
-    remembered: Option<TransportChoice>,
+    remembered: Option<TransportKind>,
 }
 
 impl Task {
@@ -104,8 +126,8 @@ impl Task {
             Ok(connection) => connection,
             Err(error) => return self.lost(&error),
         };
-        info!(transport = ?connection.kind(), remote = %connection.remote_address(), "connected");
-        self.remembered = Some(connection.kind().into());
+        info!(transport = %connection.kind(), remote = %connection.remote_address(), "connected");
+        self.remembered = Some(connection.kind());
         let mut renewal = Renewal::new(self.deps.store.clone(), &identity);
         let state = match self.state(&identity) {
             Ok(state) => state,
@@ -127,17 +149,17 @@ impl Task {
         self.ended(end)
     }
 
-    async fn dial(
-        &self,
-        identity: &Identity,
-    ) -> Result<common::hub::transport::Connection, dial::DialError> {
-        let config = DialConfig {
-            choice: self.deps.transport,
+    async fn dial(&self, identity: &Identity) -> Result<Connection, LinkError> {
+        let target = Target::from_link(&identity.link)?;
+        let shown =
+            ClientIdentity { chain: identity.chain.clone(), key: identity.key.private_key() };
+        let options = DialOptions {
+            preference: self.deps.transport,
             remembered: self.remembered,
-            dead_after: self.deps.dead_after,
-            clock: dial_clock(&self.deps.store),
+            link: link_config(self.deps.dead_after),
+            ..DialOptions::new(identity::dial_clock(&self.deps.store))
         };
-        dial::dial(&identity.link, &identity.key, &identity.chain, &config).await
+        Ok(dial::dial(&target, &shown, &options).await?)
     }
 
     fn state(&self, identity: &Identity) -> Result<StoreState, IdentityError> {
@@ -183,14 +205,5 @@ impl Task {
                 self.lost(&end)
             }
         }
-    }
-}
-
-fn dial_clock(store: &Store) -> common::hub::tls::Clock {
-    if clock::synchronised() {
-        common::hub::tls::Clock::Trusted(Duration::from_secs(clock::wall_seconds()))
-    } else {
-        let told = Duration::from_millis(identity::authenticated_ms(store));
-        common::hub::tls::Clock::LastAuthenticated(told)
     }
 }

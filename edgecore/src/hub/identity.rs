@@ -7,11 +7,12 @@
 use std::time::Duration;
 
 use common::hub::proto;
+use common::hub::tls::Clock;
 use common::ids::NodeName;
 use common::pki::{NodeIdentity, NodeKey, PkiError, Validity, rotation_due};
 use common::telemetry::chain;
 use prost::Message as _;
-use rustls_pki_types::CertificateDer;
+use rustls_pki_types::{CertificateDer, UnixTime};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
@@ -150,6 +151,17 @@ pub fn now_ms(store: &Store) -> u64 {
         clock::wall_seconds() * 1000
     } else {
         authenticated_ms(store)
+    }
+}
+
+/// What this device's clock is worth when it judges the cloud's certificate.
+pub fn dial_clock(store: &Store) -> Clock {
+    if clock::synchronised() {
+        Clock::Synchronised(UnixTime::since_unix_epoch(Duration::from_secs(clock::wall_seconds())))
+    } else {
+        let told = authenticated_ms(store);
+        let time = UnixTime::since_unix_epoch(Duration::from_millis(told));
+        Clock::Unsynchronised((told > 0).then_some(time))
     }
 }
 

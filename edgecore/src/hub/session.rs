@@ -187,6 +187,7 @@ impl Driver<'_> {
         if welcome.environment.is_some() {
             self.deps.environment.send_replace(welcome.environment);
         }
+        super::identity::keep_time(self.deps.store, welcome.now_ms);
         self.session.welcome_committed(&self.deps.state);
         self.deps.connected.send_replace(true);
         Ok(())
