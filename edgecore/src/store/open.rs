@@ -229,3 +229,78 @@ fn protect(path: &Path) -> io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::Store;
+
+    /// As a later version would: one more field in front of each small value.
+    fn step(table: Table, key: &[u8], value: &[u8]) -> Vec<Write> {
+        match table == Table::Meta {
+            true => vec![Write::put(table, key, [b"2:", value].concat())],
+            false => Vec::new(),
+        }
+    }
+
+    fn put(records: &mut Records, seq: u64, key: &str) {
+        records
+            .apply(seq, vec![Write::put(Table::Meta, key, *b"v")])
+            .unwrap();
+    }
+
+    #[test]
+    fn a_migration_takes_every_record_a_version_further_in_one_batch() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut records = Records::open(dir.path()).unwrap();
+        put(&mut records, 1, "a");
+        put(&mut records, 2, "b");
+        assert!(migrate(&mut records, &[step, step]).unwrap());
+        let about = records.about().clone();
+        assert_eq!((about.version, about.seq), (VERSION + 2, 4));
+        let found = records.scan(Table::Meta, &[]).unwrap();
+        assert_eq!(found[1], (b"b".to_vec(), b"2:2:v".to_vec()));
+        assert!(!migrate(&mut records, &[]).unwrap());
+    }
+
+    #[test]
+    fn a_store_of_a_newer_version_is_left_alone() {
+        for newer_snapshot in [true, false] {
+            let dir = tempfile::tempdir().unwrap();
+            drop(Store::open(dir.path()).unwrap());
+            let mut records = Records::open(dir.path()).unwrap();
+            let seq = records.about().seq + 1;
+            records.set_version(VERSION + 1);
+            records.apply(seq, Vec::new()).unwrap();
+            records.checkpoint().unwrap();
+            if newer_snapshot {
+                write_snapshot(dir.path(), &records).unwrap();
+            }
+            drop(records);
+            let refused = Store::open(dir.path()).map(drop).unwrap_err();
+            assert!(matches!(refused, StoreError::Version { found, .. } if found == VERSION + 1));
+            let records = Records::open(dir.path()).unwrap();
+            assert_eq!(
+                (records.about().version, records.about().seq),
+                (VERSION + 1, seq)
+            );
+            assert!(!dir.path().join("database.damaged").exists());
+        }
+    }
+
+    #[test]
+    fn a_database_that_kills_whoever_opens_it_is_made_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, before) = Store::open(dir.path()).unwrap();
+        store.meta().put("a", b"1").unwrap();
+        drop(store);
+        for (tries, rebuilt) in [("", false), (".", false), ("..", true)] {
+            std::fs::write(dir.path().join("opening"), tries).unwrap();
+            let (store, opened) = Store::open(dir.path()).unwrap();
+            assert_eq!(opened.recovered.is_some(), rebuilt, "{tries:?}");
+            assert_eq!(opened.incarnation != before.incarnation, rebuilt);
+            assert_eq!(store.meta().get("a").unwrap(), Some(b"1".to_vec()));
+            assert!(!dir.path().join("opening").exists());
+        }
+    }
+}
