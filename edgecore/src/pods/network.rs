@@ -1,0 +1,1 @@
+//! The device's Pod network: a CNI configuration where there is none.
