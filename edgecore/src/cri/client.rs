@@ -358,7 +358,11 @@ impl Cri for Client {
 
     fn port_forward(&self, request: api::PortForwardRequest) -> CriFuture<'_, String> {
         let mut c = self.runtime.clone();
-        Box::pin(async move { Ok(call("PortForward", LOOK, c.port_forward(request)).await?.url) })
+        Box::pin(async move {
+            Ok(call("PortForward", LOOK, c.port_forward(request))
+                .await?
+                .url)
+        })
     }
 
     fn image_status<'a>(&'a self, image: &'a str) -> CriFuture<'a, Option<api::Image>> {
@@ -384,7 +388,11 @@ impl Cri for Client {
     fn list_images(&self) -> CriFuture<'_, Vec<api::Image>> {
         let mut c = self.images.clone();
         let request = api::ListImagesRequest { filter: None };
-        Box::pin(async move { Ok(call("ListImages", LOOK, c.list_images(request)).await?.images) })
+        Box::pin(async move {
+            Ok(call("ListImages", LOOK, c.list_images(request))
+                .await?
+                .images)
+        })
     }
 
     fn remove_image<'a>(&'a self, image: &'a str) -> CriFuture<'a, ()> {
@@ -392,9 +400,9 @@ impl Cri for Client {
         let request = api::RemoveImageRequest {
             image: image_spec(image),
         };
-        Box::pin(async move {
-            gone_is_done(call("RemoveImage", CHANGE, c.remove_image(request)).await)
-        })
+        Box::pin(
+            async move { gone_is_done(call("RemoveImage", CHANGE, c.remove_image(request)).await) },
+        )
     }
 
     fn image_fs_info(&self) -> CriFuture<'_, Vec<api::FilesystemUsage>> {

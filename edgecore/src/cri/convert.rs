@@ -11,10 +11,10 @@ use k8s_openapi::api::core::v1::{Container, ContainerPort, EphemeralContainer, P
 use super::api;
 use crate::pods::cgroups::LinuxResources;
 use crate::pods::dns::{DnsPlan, Hostname};
-use crate::pods::seen::{ContainerSeen, Run, SandboxSeen};
 use crate::pods::security::{
     ImageUser, Namespace, Profile, SandboxSecurity, SecurityPlan, SelinuxLabels,
 };
+use crate::pods::seen::{ContainerSeen, Run, SandboxSeen};
 use crate::pods::volumes::{Propagation, VolumeMountPlan};
 
 pub const POD_NAME: &str = "io.kubernetes.pod.name";
@@ -86,7 +86,12 @@ pub struct SandboxInput<'a> {
 pub fn sandbox_config(input: SandboxInput<'_>) -> api::PodSandboxConfig {
     let (namespace, name, uid) = identity(input.pod);
     let meta = &input.pod.metadata;
-    let mut all_labels: HashMap<_, _> = meta.labels.clone().unwrap_or_default().into_iter().collect();
+    let mut all_labels: HashMap<_, _> = meta
+        .labels
+        .clone()
+        .unwrap_or_default()
+        .into_iter()
+        .collect();
     all_labels.extend(labels(input.pod));
     let annotations = meta.annotations.clone().unwrap_or_default();
     let host_network = input.security.network == Namespace::Node;
@@ -263,7 +268,9 @@ pub fn container_config(input: ContainerInput<'_>) -> api::ContainerConfig {
         command: input.command,
         args: input.args,
         working_dir: c.working_dir.clone().unwrap_or_default(),
-        envs: env.map(|(key, value)| api::KeyValue { key, value }).collect(),
+        envs: env
+            .map(|(key, value)| api::KeyValue { key, value })
+            .collect(),
         mounts: input.mounts.into_iter().map(mount).collect(),
         devices: Vec::new(),
         labels: all_labels,
@@ -285,8 +292,14 @@ fn annotations(pod: &Pod, c: &Container, attempt: u32) -> HashMap<String, String
     let mut all = HashMap::from([
         (HASH.to_owned(), container_hash(c)),
         (RESTART_COUNT.to_owned(), attempt.to_string()),
-        (MESSAGE_PATH.to_owned(), path.unwrap_or("/dev/termination-log").to_owned()),
-        (MESSAGE_POLICY.to_owned(), policy.unwrap_or("File").to_owned()),
+        (
+            MESSAGE_PATH.to_owned(),
+            path.unwrap_or("/dev/termination-log").to_owned(),
+        ),
+        (
+            MESSAGE_POLICY.to_owned(),
+            policy.unwrap_or("File").to_owned(),
+        ),
     ]);
     let mut json = |key: &str, value: Option<serde_json::Result<String>>| {
         if let Some(Ok(text)) = value {
@@ -296,7 +309,10 @@ fn annotations(pod: &Pod, c: &Container, attempt: u32) -> HashMap<String, String
     let pre_stop = c.lifecycle.as_ref().and_then(|l| l.pre_stop.as_ref());
     json(PRE_STOP, pre_stop.map(serde_json::to_string));
     json(PORTS, c.ports.as_ref().map(serde_json::to_string));
-    let grace = pod.spec.as_ref().and_then(|s| s.termination_grace_period_seconds);
+    let grace = pod
+        .spec
+        .as_ref()
+        .and_then(|s| s.termination_grace_period_seconds);
     json(POD_GRACE, grace.map(|g| Ok(g.to_string())));
     let deletion = pod.metadata.deletion_grace_period_seconds;
     json(POD_DELETION_GRACE, deletion.map(|g| Ok(g.to_string())));
@@ -410,7 +426,9 @@ pub fn add_sandbox_status(seen: &mut SandboxSeen, status: &api::PodSandboxStatus
         let more = n.additional_ips.iter().map(|i| i.ip.as_str());
         std::iter::once(n.ip.as_str()).chain(more)
     });
-    seen.ips = addresses.filter_map(|ip| ip.parse::<IpAddr>().ok()).collect();
+    seen.ips = addresses
+        .filter_map(|ip| ip.parse::<IpAddr>().ok())
+        .collect();
 }
 
 fn run(state: i32) -> Run {
@@ -434,7 +452,11 @@ pub fn container_seen(item: &api::Container) -> ContainerSeen {
         sandbox: item.pod_sandbox_id.clone(),
         run: run(item.state),
         created_at: item.created_at,
-        image: item.image.as_ref().map(|i| i.image.clone()).unwrap_or_default(),
+        image: item
+            .image
+            .as_ref()
+            .map(|i| i.image.clone())
+            .unwrap_or_default(),
         image_id: item.image_ref.clone(),
         hash: annotation(HASH),
         ..Default::default()

@@ -87,7 +87,9 @@ pub fn admit(
     }
     let ports = host_ports(pod);
     for (uid, other) in granted {
-        let taken = ports.iter().find(|p| other.ports.iter().any(|o| o.clashes(p)));
+        let taken = ports
+            .iter()
+            .find(|p| other.ports.iter().any(|o| o.clashes(p)));
         match taken {
             Some(_) if other.ending => return Err(Refusal::WaitFor(uid.clone())),
             Some(port) => {
@@ -108,7 +110,10 @@ pub fn admit(
         );
         return Err(never("OutOfpods", message));
     }
-    Ok(Grant { ports, ending: false })
+    Ok(Grant {
+        ports,
+        ending: false,
+    })
 }
 
 #[cfg(test)]
@@ -130,14 +135,20 @@ mod tests {
     }
 
     fn holding(pod: &Pod, ending: bool) -> BTreeMap<String, Grant> {
-        let grant = Grant { ports: host_ports(pod), ending };
+        let grant = Grant {
+            ports: host_ports(pod),
+            ending,
+        };
         BTreeMap::from([("other".to_owned(), grant)])
     }
 
     #[test]
     fn another_operating_system_is_refused() {
         for (spec, reason) in [
-            (serde_json::json!({"containers": [], "os": {"name": "windows"}}), "PodOSNotSupported"),
+            (
+                serde_json::json!({"containers": [], "os": {"name": "windows"}}),
+                "PodOSNotSupported",
+            ),
             (
                 serde_json::json!({"containers": [], "nodeSelector": {"kubernetes.io/os": "windows"}}),
                 "PodOSSelectorNodeLabelDoesNotMatch",
@@ -169,7 +180,10 @@ mod tests {
     fn a_successor_waits_for_the_port_of_a_pod_that_is_ending_and_for_nothing_else() {
         let web = ports(&[("", "TCP", 80)]);
         let granted = holding(&web, true);
-        assert_eq!(admit(&web, &granted, 1), Err(Refusal::WaitFor("other".into())));
+        assert_eq!(
+            admit(&web, &granted, 1),
+            Err(Refusal::WaitFor("other".into()))
+        );
         assert!(admit(&ports(&[("", "TCP", 81)]), &granted, 1).is_ok());
     }
 

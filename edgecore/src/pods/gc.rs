@@ -72,9 +72,15 @@ async fn owners(shared: &Shared) -> BTreeMap<String, Found> {
             let Some(uid) = c.labels.get(convert::POD_UID) else {
                 continue;
             };
-            let grace = c.annotations.get(convert::POD_GRACE).and_then(|g| g.parse().ok());
+            let grace = c
+                .annotations
+                .get(convert::POD_GRACE)
+                .and_then(|g| g.parse().ok());
             let grace = grace.map_or(GRACE, Duration::from_secs);
-            all.entry(uid.clone()).or_default().containers.push((c.id, grace));
+            all.entry(uid.clone())
+                .or_default()
+                .containers
+                .push((c.id, grace));
         }
     }
     let on_disk = shared.volumes.known_uids().into_iter();
@@ -90,7 +96,11 @@ async fn owners(shared: &Shared) -> BTreeMap<String, Found> {
 /// The UIDs in the names of log directories, `NAMESPACE_NAME_UID`.
 fn logged(shared: &Shared) -> Vec<String> {
     let entries = std::fs::read_dir(&shared.paths.pod_logs);
-    let names = entries.into_iter().flatten().flatten().map(|e| e.file_name());
+    let names = entries
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|e| e.file_name());
     let uids = names.filter_map(|n| {
         let name = n.to_str()?;
         name.rsplit_once('_').map(|(_, uid)| uid.to_owned())
@@ -110,7 +120,9 @@ async fn remove(shared: &Shared, uid: &str, found: &Found) {
         }
     }
     for id in &found.sandboxes {
-        if shared.cri.stop_sandbox(id).await.is_err() || shared.cri.remove_sandbox(id).await.is_err() {
+        if shared.cri.stop_sandbox(id).await.is_err()
+            || shared.cri.remove_sandbox(id).await.is_err()
+        {
             return;
         }
     }

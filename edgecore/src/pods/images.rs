@@ -49,7 +49,9 @@ pub fn pull_policy(container: &Container, image: &str) -> PullPolicy {
 pub fn normalise(image: &str) -> Result<String, String> {
     let bad = |why: &str| {
         let shown: String = image.chars().take(300).collect();
-        Err(format!("Failed to apply default image tag {shown:?}: couldn't parse image name {shown:?}: {why}"))
+        Err(format!(
+            "Failed to apply default image tag {shown:?}: couldn't parse image name {shown:?}: {why}"
+        ))
     };
     let (name, digest) = match image.split_once('@') {
         Some((name, digest)) => (name, Some(digest)),
@@ -75,7 +77,9 @@ pub fn normalise(image: &str) -> Result<String, String> {
         let ends = |b: Option<&u8>| b.is_some_and(u8::is_ascii_alphanumeric);
         s.bytes().all(word) && ends(s.as_bytes().first()) && ends(s.as_bytes().last())
     };
-    let host_ok = host.bytes().all(|b| b.is_ascii_alphanumeric() || b".:-[]".contains(&b));
+    let host_ok = host
+        .bytes()
+        .all(|b| b.is_ascii_alphanumeric() || b".:-[]".contains(&b));
     let tag_ok = tag.is_none_or(|t| {
         let fine = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
         !t.is_empty() && t.len() <= 128 && t.bytes().all(fine)
@@ -139,7 +143,10 @@ fn auth(place: &str, entry: Entry) -> api::AuthConfig {
         registry_token: entry.registry_token,
         ..Default::default()
     };
-    let decoded = STANDARD.decode(entry.auth.trim()).ok().and_then(|b| String::from_utf8(b).ok());
+    let decoded = STANDARD
+        .decode(entry.auth.trim())
+        .ok()
+        .and_then(|b| String::from_utf8(b).ok());
     if let Some((user, password)) = decoded.as_deref().and_then(|d| d.split_once(':')) {
         out.username = user.to_owned();
         out.password = password.trim_end_matches('\0').to_owned();
@@ -163,8 +170,13 @@ fn origin(image: &str) -> String {
 
 /// Whether an entry's key is for this image; longer keys weigh more. `*` stands for a DNS label.
 fn matches(place: &str, image: &str) -> Option<usize> {
-    let bare = place.trim_start_matches("https://").trim_start_matches("http://");
-    let bare = bare.trim_end_matches('/').trim_end_matches("/v1").trim_end_matches("/v2");
+    let bare = place
+        .trim_start_matches("https://")
+        .trim_start_matches("http://");
+    let bare = bare
+        .trim_end_matches('/')
+        .trim_end_matches("/v1")
+        .trim_end_matches("/v2");
     let (host, path) = bare.split_once('/').unwrap_or((bare, ""));
     let host = match host {
         "index.docker.io" | "registry-1.docker.io" => "docker.io",
@@ -174,11 +186,13 @@ fn matches(place: &str, image: &str) -> Option<usize> {
     let (image_host, image_path) = origin.split_once('/')?;
     let labels = |h: &str| h.split('.').map(str::to_owned).collect::<Vec<_>>();
     let (pattern, real) = (labels(host), labels(image_host));
-    let hosts = pattern.len() == real.len()
-        && pattern.iter().zip(&real).all(|(p, r)| p == r || glob(p, r));
+    let hosts =
+        pattern.len() == real.len() && pattern.iter().zip(&real).all(|(p, r)| p == r || glob(p, r));
     let paths = path.is_empty()
         || image_path == path
-        || image_path.strip_prefix(path).is_some_and(|rest| rest.starts_with('/'));
+        || image_path
+            .strip_prefix(path)
+            .is_some_and(|rest| rest.starts_with('/'));
     (hosts && paths).then_some(bare.len())
 }
 
@@ -209,7 +223,8 @@ pub struct Context<'a> {
 /// Makes sure that the container's image is here, by its pull policy.
 pub async fn ensure(ctx: &Context<'_>, container: &Container) -> Result<Resolved, ImageTrouble> {
     let asked = container.image.as_deref().unwrap_or_default();
-    let image = normalise(asked).map_err(|message| trouble(ctx, container, "InvalidImageName", message))?;
+    let image =
+        normalise(asked).map_err(|message| trouble(ctx, container, "InvalidImageName", message))?;
     let policy = pull_policy(container, &image);
     let here = ctx
         .cri
@@ -246,28 +261,64 @@ async fn pull(
     asked: &str,
     image: &str,
 ) -> Result<Resolved, ImageTrouble> {
-    emit(ctx, container, EventType::Normal, "Pulling", format!("Pulling image {asked:?}"));
+    emit(
+        ctx,
+        container,
+        EventType::Normal,
+        "Pulling",
+        format!("Pulling image {asked:?}"),
+    );
     let began = Instant::now();
     let pulled = fetch(ctx, image).await;
     let reference = pulled.map_err(|e| {
         let message = format!("Failed to pull image {asked:?}: {}", e.message);
-        emit(ctx, container, EventType::Warning, "Failed", message.clone());
-        let waiting = Waiting { reason: "ErrImagePull".into(), message: e.message };
-        emit(ctx, container, EventType::Warning, "Failed", "Error: ErrImagePull".into());
-        ImageTrouble { waiting, pull_failed: true }
+        emit(
+            ctx,
+            container,
+            EventType::Warning,
+            "Failed",
+            message.clone(),
+        );
+        let waiting = Waiting {
+            reason: "ErrImagePull".into(),
+            message: e.message,
+        };
+        emit(
+            ctx,
+            container,
+            EventType::Warning,
+            "Failed",
+            "Error: ErrImagePull".into(),
+        );
+        ImageTrouble {
+            waiting,
+            pull_failed: true,
+        }
     })?;
     let took = began.elapsed();
-    let message = format!("Successfully pulled image {asked:?} in {} ms", took.as_millis());
+    let message = format!(
+        "Successfully pulled image {asked:?} in {} ms",
+        took.as_millis()
+    );
     emit(ctx, container, EventType::Normal, "Pulled", message);
     let found = ctx.cri.image_status(&reference).await;
     let found = found.map_err(|e| inspect_trouble(ctx, container, image, &e))?;
-    Ok(found.map_or(Resolved { id: reference, user: ImageUser::Unset }, |i| resolved(&i)))
+    Ok(found.map_or(
+        Resolved {
+            id: reference,
+            user: ImageUser::Unset,
+        },
+        |i| resolved(&i),
+    ))
 }
 
 /// Tries each of the matching credentials, and none at all where none match.
 async fn fetch(ctx: &Context<'_>, image: &str) -> Result<String, CriError> {
     let request = |auth| api::PullImageRequest {
-        image: Some(api::ImageSpec { image: image.to_owned(), ..Default::default() }),
+        image: Some(api::ImageSpec {
+            image: image.to_owned(),
+            ..Default::default()
+        }),
         auth,
         sandbox_config: ctx.sandbox.clone(),
     };
@@ -301,15 +352,29 @@ fn pull_secrets(ctx: &Context<'_>) -> Vec<Secret> {
 }
 
 fn emit(ctx: &Context<'_>, c: &Container, kind: EventType, reason: &str, message: String) {
-    ctx.events.emit(PodEvent::new(ctx.key, Some(&c.name), kind, reason, message));
+    ctx.events
+        .emit(PodEvent::new(ctx.key, Some(&c.name), kind, reason, message));
 }
 
 fn trouble(ctx: &Context<'_>, c: &Container, reason: &str, message: String) -> ImageTrouble {
-    let event = if reason == "InvalidImageName" { "InspectFailed" } else { reason };
+    let event = if reason == "InvalidImageName" {
+        "InspectFailed"
+    } else {
+        reason
+    };
     emit(ctx, c, EventType::Warning, event, message.clone());
-    emit(ctx, c, EventType::Warning, "Failed", format!("Error: {reason}"));
+    emit(
+        ctx,
+        c,
+        EventType::Warning,
+        "Failed",
+        format!("Error: {reason}"),
+    );
     ImageTrouble {
-        waiting: Waiting { reason: reason.into(), message },
+        waiting: Waiting {
+            reason: reason.into(),
+            message,
+        },
         pull_failed: false,
     }
 }
@@ -357,7 +422,11 @@ mod tests {
             (Some("IfNotPresent"), "a:latest", PullPolicy::IfNotPresent),
             (Some("Always"), "a:1", PullPolicy::Always),
         ] {
-            assert_eq!(pull_policy(&container(policy), image), expected, "{policy:?} {image}");
+            assert_eq!(
+                pull_policy(&container(policy), image),
+                expected,
+                "{policy:?} {image}"
+            );
         }
     }
 
@@ -379,16 +448,25 @@ mod tests {
                     "*.example":{"username":"wild","password":"p"},
                     "other.example":{"username":"other","password":"p"}}}"#,
             ),
-            secret(".dockercfg", r#"{"https://index.docker.io/v1/":{"username":"hub","password":"p"}}"#),
+            secret(
+                ".dockercfg",
+                r#"{"https://index.docker.io/v1/":{"username":"hub","password":"p"}}"#,
+            ),
             secret(".dockerconfigjson", "not json"),
         ];
         let users = |image: &str| -> Vec<String> {
-            credentials(image, &secrets).into_iter().map(|a| a.username).collect()
+            credentials(image, &secrets)
+                .into_iter()
+                .map(|a| a.username)
+                .collect()
         };
         assert_eq!(users("r.example/team/app:1"), ["team", "host", "wild"]);
         assert_eq!(users("r.example/teammate/app"), ["host", "wild"]);
         assert_eq!(users("busybox"), ["hub"]);
         assert!(users("unknown.test/x").is_empty());
-        assert_eq!(credentials("r.example/team/a", &secrets)[0].password, "s3cret");
+        assert_eq!(
+            credentials("r.example/team/a", &secrets)[0].password,
+            "s3cret"
+        );
     }
 }

@@ -72,9 +72,17 @@ pub struct Job {
 #[derive(Debug)]
 pub enum Outcome {
     Done,
-    Volumes { next_refresh: Option<Duration> },
-    Image { container: String, resolved: Resolved },
-    Started { container: String, id: String },
+    Volumes {
+        next_refresh: Option<Duration>,
+    },
+    Image {
+        container: String,
+        resolved: Resolved,
+    },
+    Started {
+        container: String,
+        id: String,
+    },
     Failed(Trouble),
 }
 
@@ -100,27 +108,37 @@ impl Trouble {
 
 impl Job {
     fn emit(&self, container: Option<&str>, kind: EventType, reason: &str, message: String) {
-        self.events.emit(PodEvent::new(&self.key, container, kind, reason, message));
+        self.events
+            .emit(PodEvent::new(&self.key, container, kind, reason, message));
     }
 
     fn spec_of(&self, name: &str) -> Option<Container> {
         let regular = plan::inits(&self.pod).iter().chain(plan::mains(&self.pod));
         let found = regular.into_iter().find(|c| c.name == name).cloned();
-        found.or_else(|| plan::ephemerals(&self.pod).into_iter().find(|c| c.name == name))
+        found.or_else(|| {
+            plan::ephemerals(&self.pod)
+                .into_iter()
+                .find(|c| c.name == name)
+        })
     }
 
     fn log_directory(&self) -> PathBuf {
-        self.paths.pod_logs.join(convert::log_directory_name(&self.pod))
+        self.paths
+            .pod_logs
+            .join(convert::log_directory_name(&self.pod))
     }
 
     /// Where the runtime writes the log of one instance of a container.
     pub fn log_file(&self, container: &str, attempt: u32) -> PathBuf {
-        self.log_directory().join(convert::log_path(container, attempt))
+        self.log_directory()
+            .join(convert::log_path(container, attempt))
     }
 
     fn link(&self, container: &str, id: &str) -> PathBuf {
         let (namespace, name, _) = convert::identity(&self.pod);
-        self.paths.container_logs.join(format!("{name}_{namespace}_{container}-{id}.log"))
+        self.paths
+            .container_logs
+            .join(format!("{name}_{namespace}_{container}-{id}.log"))
     }
 
     /// Carries the step out.
@@ -131,9 +149,11 @@ impl Job {
             Step::Volumes => self.mount().await,
             Step::Image { container } => self.image(&container).await,
             Step::RunSandbox { attempt } => self.run_sandbox(attempt).await,
-            Step::Start { container, attempt, sandbox } => {
-                self.start(&container, attempt, sandbox).await
-            }
+            Step::Start {
+                container,
+                attempt,
+                sandbox,
+            } => self.start(&container, attempt, sandbox).await,
             Step::PostStart { container, id } => self.post_start(&container, &id).await,
             Step::Stop { container, id, .. } => self.stop(&container, &id).await,
             Step::RemoveContainer { id } => {
@@ -152,7 +172,12 @@ impl Job {
             Ok(()) => Outcome::Done,
             Err(e) => {
                 tracing::warn!(pod = %self.key, error = %e, "a step of taking a Pod away failed");
-                self.emit(None, EventType::Warning, "FailedKillPod", format!("error killing pod: {e}"));
+                self.emit(
+                    None,
+                    EventType::Warning,
+                    "FailedKillPod",
+                    format!("error killing pod: {e}"),
+                );
                 Outcome::Failed(Trouble::soon())
             }
         }
@@ -160,13 +185,18 @@ impl Job {
 
     async fn mount(&self) -> Outcome {
         match self.volumes.ensure(&self.pod, &self.environment).await {
-            Ok(mounted) => Outcome::Volumes { next_refresh: mounted.next_refresh },
+            Ok(mounted) => Outcome::Volumes {
+                next_refresh: mounted.next_refresh,
+            },
             Err(MountError::Unknown { .. }) => Outcome::Failed(Trouble::soon()),
             Err(e) => {
                 let cause = std::error::Error::source(&e).map(|s| format!(": {s}"));
                 let message = format!("{e}{}", cause.unwrap_or_default());
                 self.emit(None, EventType::Warning, "FailedMount", message);
-                Outcome::Failed(Trouble { longest: Duration::from_secs(120), ..Trouble::soon() })
+                Outcome::Failed(Trouble {
+                    longest: Duration::from_secs(120),
+                    ..Trouble::soon()
+                })
             }
         }
     }
@@ -184,7 +214,10 @@ impl Job {
             sandbox: None,
         };
         match images::ensure(&ctx, &container).await {
-            Ok(resolved) => Outcome::Image { container: name.to_owned(), resolved },
+            Ok(resolved) => Outcome::Image {
+                container: name.to_owned(),
+                resolved,
+            },
             Err(trouble) => Outcome::Failed(Trouble {
                 waiting: Some((name.to_owned(), trouble.waiting)),
                 first: Duration::from_secs(10),
@@ -216,14 +249,21 @@ impl Job {
 
     async fn run_sandbox(&self, attempt: u32) -> Outcome {
         let made = async {
-            std::fs::create_dir_all(self.log_directory())
-                .map_err(|e| format!("cannot make the log directory {:?}: {e}", self.log_directory()))?;
+            std::fs::create_dir_all(self.log_directory()).map_err(|e| {
+                format!(
+                    "cannot make the log directory {:?}: {e}",
+                    self.log_directory()
+                )
+            })?;
             self.cgroups
                 .ensure(&self.pod)
                 .map_err(|e| format!("cannot make the Pod's cgroup: {e}"))?;
             let config = self.sandbox_config(attempt)?;
             let handler = self.runtime_handler();
-            self.cri.run_sandbox(config, handler).await.map_err(|e| e.message)
+            self.cri
+                .run_sandbox(config, handler)
+                .await
+                .map_err(|e| e.message)
         };
         match made.await {
             Ok(_) => Outcome::Done,
@@ -238,13 +278,17 @@ impl Job {
     /// A RuntimeClass is named after its handler here; the object itself does not come down.
     fn runtime_handler(&self) -> String {
         let spec = self.pod.spec.as_ref();
-        spec.and_then(|s| s.runtime_class_name.clone()).unwrap_or_default()
+        spec.and_then(|s| s.runtime_class_name.clone())
+            .unwrap_or_default()
     }
 
     fn refused(&self, container: &str, reason: &str, message: String) -> Outcome {
         let text = format!("Error: {message}");
         self.emit(Some(container), EventType::Warning, "Failed", text);
-        let waiting = Waiting { reason: reason.into(), message };
+        let waiting = Waiting {
+            reason: reason.into(),
+            message,
+        };
         Outcome::Failed(Trouble {
             waiting: Some((container.to_owned(), waiting)),
             first: Duration::from_secs(2),
@@ -279,15 +323,28 @@ impl Job {
             Ok(id) => id,
             Err(e) => return self.refused(name, "CreateContainerError", e.message),
         };
-        self.emit(Some(name), EventType::Normal, "Created", format!("Created container: {name}"));
+        self.emit(
+            Some(name),
+            EventType::Normal,
+            "Created",
+            format!("Created container: {name}"),
+        );
         if let Err(e) = self.cri.start_container(&id).await {
             return self.refused(name, "RunContainerError", e.message);
         }
-        self.emit(Some(name), EventType::Normal, "Started", format!("Started container {name}"));
+        self.emit(
+            Some(name),
+            EventType::Normal,
+            "Started",
+            format!("Started container {name}"),
+        );
         // Log collectors find containers by this link; the Pod runs without it.
         let _ = std::fs::create_dir_all(&self.paths.container_logs);
         let _ = std::os::unix::fs::symlink(self.log_file(name, attempt), self.link(name, &id));
-        Outcome::Started { container: name.to_owned(), id }
+        Outcome::Started {
+            container: name.to_owned(),
+            id,
+        }
     }
 
     fn container_config(
@@ -361,7 +418,10 @@ impl Job {
         let Some(container) = self.spec_of(name) else {
             return Outcome::Done;
         };
-        let hook = container.lifecycle.as_ref().and_then(|l| l.post_start.as_ref());
+        let hook = container
+            .lifecycle
+            .as_ref()
+            .and_then(|l| l.post_start.as_ref());
         let Some(hook) = hook else {
             return Outcome::Done;
         };
@@ -371,7 +431,12 @@ impl Job {
             return Outcome::Done;
         };
         let message = format!("PostStartHook failed: {why}");
-        self.emit(Some(name), EventType::Warning, "FailedPostStartHook", message.clone());
+        self.emit(
+            Some(name),
+            EventType::Warning,
+            "FailedPostStartHook",
+            message.clone(),
+        );
         self.emit(
             Some(name),
             EventType::Normal,
@@ -383,7 +448,13 @@ impl Job {
             tracing::warn!(pod = %self.key, %error, "a container whose postStart hook failed was not stopped");
         }
         Outcome::Failed(Trouble {
-            waiting: Some((name.to_owned(), Waiting { reason: "PostStartHookError".into(), message })),
+            waiting: Some((
+                name.to_owned(),
+                Waiting {
+                    reason: "PostStartHookError".into(),
+                    message,
+                },
+            )),
             ..Trouble::soon()
         })
     }
@@ -393,7 +464,9 @@ impl Job {
         let message = format!("Stopping container {name}");
         self.emit(Some(name), EventType::Normal, "Killing", message);
         let container = self.spec_of(name);
-        let hook = container.as_ref().and_then(|c| c.lifecycle.as_ref()?.pre_stop.as_ref());
+        let hook = container
+            .as_ref()
+            .and_then(|c| c.lifecycle.as_ref()?.pre_stop.as_ref());
         if let (Some(hook), Some(container), true) = (hook, &container, self.pre_stop) {
             if let Err(why) = lifecycle::run(&self.place(container, id), hook, self.grace).await {
                 let message = format!("PreStopHook failed: {why}");
@@ -401,7 +474,10 @@ impl Job {
             }
         }
         // Every container gets time for its stop signal, even where a hook used up the grace.
-        let floor = self.grace.min(Duration::from_secs(2)).max(Duration::from_secs(1));
+        let floor = self
+            .grace
+            .min(Duration::from_secs(2))
+            .max(Duration::from_secs(1));
         let left = self.grace.saturating_sub(began.elapsed()).max(floor);
         self.checked(self.cri.stop_container(id, whole_seconds(left)).await)
     }
@@ -416,7 +492,10 @@ impl Job {
             Ok(()) => Outcome::Done,
             Err(error) => {
                 tracing::warn!(pod = %self.key, %error, "the Pod's cgroup is not gone yet");
-                Outcome::Failed(Trouble { first: Duration::from_millis(100), ..Trouble::soon() })
+                Outcome::Failed(Trouble {
+                    first: Duration::from_millis(100),
+                    ..Trouble::soon()
+                })
             }
         }
     }

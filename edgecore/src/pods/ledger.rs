@@ -24,7 +24,10 @@ pub struct InMemory(Mutex<Option<Vec<u8>>>);
 
 impl LedgerStore for InMemory {
     fn load(&self) -> Option<Vec<u8>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     fn save(&self, bytes: &[u8]) -> Result<(), String> {
@@ -172,7 +175,10 @@ mod tests {
     #[test]
     fn what_could_not_be_written_down_was_not_granted() {
         let ledger = Ledger::open(Arc::new(Full), 10);
-        assert!(matches!(ledger.grant("a", &web()), Err(NoGrant::NotStored(_))));
+        assert!(matches!(
+            ledger.grant("a", &web()),
+            Err(NoGrant::NotStored(_))
+        ));
         assert!(ledger.holders().is_empty());
     }
 }

@@ -23,7 +23,11 @@ pub struct Place<'a> {
 }
 
 /// Runs the hook for at most `limit`; an error is a sentence for an Event.
-pub async fn run(place: &Place<'_>, handler: &LifecycleHandler, limit: Duration) -> Result<(), String> {
+pub async fn run(
+    place: &Place<'_>,
+    handler: &LifecycleHandler,
+    limit: Duration,
+) -> Result<(), String> {
     let work = async {
         if let Some(exec) = &handler.exec {
             let command = exec.command.clone().unwrap_or_default();
@@ -51,10 +55,18 @@ async fn run_exec(place: &Place<'_>, command: Vec<String>, limit: Duration) -> R
     match answer {
         Ok(answer) if answer.exit_code == 0 => Ok(()),
         Ok(answer) => {
-            let said = if answer.stderr.is_empty() { &answer.stdout } else { &answer.stderr };
+            let said = if answer.stderr.is_empty() {
+                &answer.stdout
+            } else {
+                &answer.stderr
+            };
             let cut = said.get(..said.len().min(1024)).unwrap_or_default();
             let said = String::from_utf8_lossy(cut);
-            Err(format!("command {shown} exited with {}: {}", answer.exit_code, said.trim()))
+            Err(format!(
+                "command {shown} exited with {}: {}",
+                answer.exit_code,
+                said.trim()
+            ))
         }
         Err(e) => Err(format!("command {shown}: {}", e.message)),
     }
@@ -113,7 +125,10 @@ fn request_head(host: &str, port: u16, path: &str, get: &HTTPGetAction) -> Resul
     let mut headers = String::new();
     for header in get.http_headers.iter().flatten() {
         if !bare(&header.name) || !bare(&header.value) {
-            return Err(format!("header {:?} has a control character in it", header.name));
+            return Err(format!(
+                "header {:?} has a control character in it",
+                header.name
+            ));
         }
         if header.name.eq_ignore_ascii_case("host") {
             own_host = Some(header.value.clone());
@@ -179,7 +194,9 @@ mod tests {
         assert!(request_head("h", 1, "/", &get("a\r\nB: c")).is_err());
         assert!(request_head("h", 1, "/a b", &get("a")).is_err());
         let head = request_head("h", 1, "x", &get("a")).unwrap();
-        assert!(head.starts_with("GET /x HTTP/1.1\r\nHost: h:1\r\n") && head.contains("X-A: a\r\n"));
+        assert!(
+            head.starts_with("GET /x HTTP/1.1\r\nHost: h:1\r\n") && head.contains("X-A: a\r\n")
+        );
     }
 
     #[test]

@@ -233,9 +233,8 @@ impl Task {
             Err(error) => {
                 tracing::error!(%error, "a Pod's worker panicked and is started again");
                 // Its sender finds nobody listening any more.
-                let dead: Vec<_> = self.workers.iter();
-                let dead: Vec<_> = dead
-                    .into_iter()
+                let workers = self.workers.iter();
+                let dead: Vec<_> = workers
                     .filter(|(_, s)| s.receiver_count() == 0)
                     .map(|(uid, _)| uid.clone())
                     .collect();
@@ -262,7 +261,11 @@ impl Health {
             let came_back = state.ready && !self.runtime.borrow().ready;
             if came_back {
                 self.learn_driver().await;
-                tracing::info!(name = state.name, version = state.version, "the container runtime is ready");
+                tracing::info!(
+                    name = state.name,
+                    version = state.version,
+                    "the container runtime is ready"
+                );
             } else if !state.ready && self.runtime.borrow().ready {
                 tracing::warn!(why = state.message, "the container runtime is not ready");
             }
@@ -328,7 +331,11 @@ impl Health {
 }
 
 fn judge(status: &api::StatusResponse) -> RuntimeState {
-    let conditions = status.status.as_ref().map(|s| s.conditions.as_slice()).unwrap_or_default();
+    let conditions = status
+        .status
+        .as_ref()
+        .map(|s| s.conditions.as_slice())
+        .unwrap_or_default();
     let find = |kind: &str| conditions.iter().find(|c| c.r#type == kind);
     let (runtime, network) = (find("RuntimeReady"), find("NetworkReady"));
     let complaint = |word: &str, c: Option<&api::RuntimeCondition>| match c {
@@ -358,5 +365,9 @@ fn driver(number: i32) -> CgroupDriver {
 
 /// The UIDs that have a record, wanted or on their way out.
 pub(super) fn recorded(desired: &Desired) -> BTreeSet<String> {
-    desired.pods().iter().map(|p| p.key.uid.to_string()).collect()
+    desired
+        .pods()
+        .iter()
+        .map(|p| p.key.uid.to_string())
+        .collect()
 }

@@ -42,9 +42,11 @@ pub async fn look(
     cache: &mut Cache,
     last_words: impl Fn(&ContainerSeen) -> String,
 ) -> Result<Observed, CriError> {
-    let (sandboxes, containers) =
-        futures::future::try_join(cri.list_sandboxes(Some(uid)), cri.list_containers(Some(uid)))
-            .await?;
+    let (sandboxes, containers) = futures::future::try_join(
+        cri.list_sandboxes(Some(uid)),
+        cri.list_containers(Some(uid)),
+    )
+    .await?;
     let mut out = Observed::default();
     for item in &sandboxes {
         if let Some(seen) = look_at_sandbox(cri, item, cache).await? {
@@ -144,7 +146,10 @@ struct WakersInner {
 
 impl Wakers {
     fn map(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Waker>>> {
-        self.inner.map.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner
+            .map
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn add(&self, uid: &str) -> Arc<Waker> {
@@ -178,7 +183,9 @@ impl Wakers {
     }
 
     fn any_lively(&self) -> bool {
-        self.map().values().any(|w| w.lively.load(Ordering::Relaxed))
+        self.map()
+            .values()
+            .any(|w| w.lively.load(Ordering::Relaxed))
     }
 }
 
@@ -266,8 +273,12 @@ impl Watcher {
         let uid = |labels: &std::collections::HashMap<String, String>| {
             labels.get(convert::POD_UID).cloned().unwrap_or_default()
         };
-        let sandboxes = sandboxes.into_iter().map(|s| (s.id, (s.state, uid(&s.labels))));
-        let containers = containers.into_iter().map(|c| (c.id, (c.state, uid(&c.labels))));
+        let sandboxes = sandboxes
+            .into_iter()
+            .map(|s| (s.id, (s.state, uid(&s.labels))));
+        let containers = containers
+            .into_iter()
+            .map(|c| (c.id, (c.state, uid(&c.labels))));
         let fresh: Picture = sandboxes.chain(containers).collect();
         for uid in differences(picture, &fresh) {
             self.changed(uid);
@@ -292,9 +303,16 @@ mod tests {
     fn only_pods_whose_containers_changed_are_named() {
         let picture = |list: &[(&str, i32, &str)]| -> Picture {
             let entries = list.iter();
-            entries.map(|(id, state, uid)| ((*id).to_owned(), (*state, (*uid).to_owned()))).collect()
+            entries
+                .map(|(id, state, uid)| ((*id).to_owned(), (*state, (*uid).to_owned())))
+                .collect()
         };
-        let old = picture(&[("a", 1, "pod-a"), ("b", 1, "pod-b"), ("c", 1, "pod-c"), ("x", 0, "")]);
+        let old = picture(&[
+            ("a", 1, "pod-a"),
+            ("b", 1, "pod-b"),
+            ("c", 1, "pod-c"),
+            ("x", 0, ""),
+        ]);
         let new = picture(&[("a", 1, "pod-a"), ("b", 2, "pod-b"), ("d", 0, "pod-d")]);
         let named: Vec<_> = differences(&old, &new).into_iter().collect();
         assert_eq!(named, ["pod-b", "pod-c", "pod-d"]);

@@ -185,7 +185,10 @@ pub fn inits(pod: &Pod) -> &[Container] {
 
 /// Regular containers in order.
 pub fn mains(pod: &Pod) -> &[Container] {
-    pod.spec.as_ref().map(|s| &*s.containers).unwrap_or_default()
+    pod.spec
+        .as_ref()
+        .map(|s| &*s.containers)
+        .unwrap_or_default()
 }
 
 /// Ephemeral containers, as containers.
@@ -232,8 +235,16 @@ fn run(input: &Input<'_>) -> Plan {
     if !input.memory.volumes {
         plan.push(input, Step::Volumes);
     }
-    for container in wanted.iter().filter(|w| !input.memory.images.contains(&w.name)) {
-        plan.push(input, Step::Image { container: container.name.clone() });
+    for container in wanted
+        .iter()
+        .filter(|w| !input.memory.images.contains(&w.name))
+    {
+        plan.push(
+            input,
+            Step::Image {
+                container: container.name.clone(),
+            },
+        );
     }
     match sandbox {
         None if !sandbox_underway(input) => {
@@ -284,7 +295,11 @@ fn sandbox_underway(input: &Input<'_>) -> bool {
 fn stopping(input: &Input<'_>, id: &str) -> Option<Duration> {
     let steps = input.memory.underway.iter();
     let deadlines = steps.filter_map(|s| match s {
-        Step::Stop { id: other, deadline, .. } if other == id => Some(*deadline),
+        Step::Stop {
+            id: other,
+            deadline,
+            ..
+        } if other == id => Some(*deadline),
         Step::Grant
         | Step::Volumes
         | Step::Image { .. }
@@ -310,9 +325,11 @@ fn stop(input: &Input<'_>, c: &ContainerSeen, deadline: Duration, plan: &mut Pla
             deadline,
         };
         // A stop that failed is tried again under whatever deadline it has by then.
-        let failed = input.memory.retries.iter().find(|(s, _)| {
-            matches!(s, Step::Stop { id, .. } if *id == c.id)
-        });
+        let failed = input
+            .memory
+            .retries
+            .iter()
+            .find(|(s, _)| matches!(s, Step::Stop { id, .. } if *id == c.id));
         match failed {
             Some((_, retry)) if retry.not_before > input.now.mono => {
                 plan.wake_in(retry.not_before - input.now.mono);
@@ -339,12 +356,18 @@ fn wanted(input: &Input<'_>, sandbox: Option<&SandboxSeen>, plan: &mut Plan) -> 
     let mut out = Vec::new();
     if sandbox.is_some() {
         for c in ephemerals(input.pod) {
-            let known = input.previous.and_then(|p| p.ephemeral_container_statuses.as_ref());
+            let known = input
+                .previous
+                .and_then(|p| p.ephemeral_container_statuses.as_ref());
             let ended = known.into_iter().flatten().any(|s| {
                 s.name == c.name && s.state.as_ref().is_some_and(|s| s.terminated.is_some())
             });
             if input.observed.newest(&c.name).is_none() && !ended && !starting(input, &c.name) {
-                out.push(Wanted { name: c.name, attempt: 0, crashes: None });
+                out.push(Wanted {
+                    name: c.name,
+                    attempt: 0,
+                    crashes: None,
+                });
             }
         }
     }
@@ -418,9 +441,16 @@ fn want(
     }
     let newest = input.observed.newest(&c.name);
     let reported = restarts_reported(input.previous, &c.name);
-    let attempt = newest.map(|n| n.attempt + 1).or(reported.map(|n| n + 1)).unwrap_or(0);
+    let attempt = newest
+        .map(|n| n.attempt + 1)
+        .or(reported.map(|n| n + 1))
+        .unwrap_or(0);
     let Some(newest) = newest else {
-        out.push(Wanted { name: c.name.clone(), attempt, crashes: None });
+        out.push(Wanted {
+            name: c.name.clone(),
+            attempt,
+            crashes: None,
+        });
         return;
     };
     let here = sandbox.is_some_and(|s| s.id == newest.sandbox);
@@ -436,11 +466,19 @@ fn want(
         Run::Running | Run::Unknown => {}
         // A change of the image starts over, whatever happened before.
         Run::Exited if changed && policy != Policy::Never => {
-            out.push(Wanted { name: c.name.clone(), attempt, crashes: None });
+            out.push(Wanted {
+                name: c.name.clone(),
+                attempt,
+                crashes: None,
+            });
         }
         // In a new sandbox all begin again, but what had succeeded and is not to be repeated.
         Run::Exited if !here && (policy == Policy::Always || newest.exit_code != 0) => {
-            out.push(Wanted { name: c.name.clone(), attempt, crashes: None });
+            out.push(Wanted {
+                name: c.name.clone(),
+                attempt,
+                crashes: None,
+            });
         }
         Run::Exited if policy.restarts(newest.exit_code) => {
             again(input, c, newest, attempt, plan, out);
@@ -480,7 +518,10 @@ fn again(
 
 fn restarts_reported(previous: Option<&PodStatus>, name: &str) -> Option<u32> {
     let previous = previous?;
-    let lists = [&previous.init_container_statuses, &previous.container_statuses];
+    let lists = [
+        &previous.init_container_statuses,
+        &previous.container_statuses,
+    ];
     let mut all = lists.into_iter().flatten().flatten();
     let status = all.find(|s| s.name == name && s.container_id.is_some())?;
     u32::try_from(status.restart_count).ok()
@@ -533,7 +574,12 @@ fn tidy(input: &Input<'_>, sandbox: Option<&SandboxSeen>, plan: &mut Plan) {
         }
     }
     let Some(current) = sandbox else { return };
-    for s in input.observed.sandboxes.iter().filter(|s| !s.ready && s.id != current.id) {
+    for s in input
+        .observed
+        .sandboxes
+        .iter()
+        .filter(|s| !s.ready && s.id != current.id)
+    {
         let mut containers = input.observed.containers.iter();
         if !containers.any(|c| c.sandbox == s.id) {
             plan.push(input, Step::RemoveSandbox { id: s.id.clone() });
@@ -546,8 +592,7 @@ fn end(input: &Input<'_>) -> Plan {
     let since = input.memory.ending_since.unwrap_or(input.now.mono);
     let deadline = since + grace(input.pod, input.intent);
     let mut underway = input.memory.underway.iter();
-    let making =
-        underway.any(|s| matches!(s, Step::RunSandbox { .. } | Step::Start { .. }));
+    let making = underway.any(|s| matches!(s, Step::RunSandbox { .. } | Step::Start { .. }));
     stop_in_order(input, deadline, &mut plan);
     if making || input.observed.any_running() {
         return plan;
@@ -587,7 +632,12 @@ fn end(input: &Input<'_>) -> Plan {
 /// Regular containers first and together; then the sidecars, the last first, each after the one
 /// that was started after it; when the time is up, all at once.
 fn stop_in_order(input: &Input<'_>, deadline: Duration, plan: &mut Plan) {
-    let running: Vec<_> = input.observed.containers.iter().filter(|c| c.may_run()).collect();
+    let running: Vec<_> = input
+        .observed
+        .containers
+        .iter()
+        .filter(|c| c.may_run())
+        .collect();
     let sidecars: Vec<_> = inits(input.pod).iter().filter(|c| is_sidecar(c)).collect();
     let rank = |c: &ContainerSeen| sidecars.iter().position(|s| s.name == c.name);
     let (mut later, mut first): (Vec<_>, Vec<_>) =

@@ -147,24 +147,39 @@ mod tests {
 
     #[test]
     fn a_long_clean_run_starts_over() {
-        let crashes = Crashes { delay: secs(300), since: at(0) };
+        let crashes = Crashes {
+            delay: secs(300),
+            since: at(0),
+        };
         assert!(matches!(
             decide(Some(crashes), at(601), at(601)),
             Verdict::Start(Crashes { delay, .. }) if delay == secs(10)
         ));
-        assert!(matches!(decide(Some(crashes), at(599), at(599)), Verdict::Wait { .. }));
+        assert!(matches!(
+            decide(Some(crashes), at(599), at(599)),
+            Verdict::Wait { .. }
+        ));
     }
 
     #[test]
     fn the_wait_counts_from_the_end_and_a_clock_set_back_does_not_extend_it() {
-        let crashes = Crashes { delay: secs(20), since: at(0) };
+        let crashes = Crashes {
+            delay: secs(20),
+            since: at(0),
+        };
         assert_eq!(
             decide(Some(crashes), at(5), at(12)),
-            Verdict::Wait { left: secs(13), delay: secs(20) }
+            Verdict::Wait {
+                left: secs(13),
+                delay: secs(20)
+            }
         );
         assert_eq!(
             decide(Some(crashes), at(500), at(12)),
-            Verdict::Wait { left: secs(20), delay: secs(20) }
+            Verdict::Wait {
+                left: secs(20),
+                delay: secs(20)
+            }
         );
     }
 
@@ -172,7 +187,11 @@ mod tests {
     fn an_agent_that_forgot_assumes_the_wait_from_the_restart_count() {
         assert_eq!(assumed(0, at(0)), None);
         for (restarts, delay) in [(1, 10), (2, 20), (5, 160), (6, 300), (4000, 300)] {
-            assert_eq!(assumed(restarts, at(0)).unwrap().delay, secs(delay), "{restarts}");
+            assert_eq!(
+                assumed(restarts, at(0)).unwrap().delay,
+                secs(delay),
+                "{restarts}"
+            );
         }
     }
 }

@@ -77,7 +77,10 @@ impl Observed {
     }
 
     /// All instances of a container, newest first.
-    pub fn instances<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a ContainerSeen> + use<'a> {
+    pub fn instances<'a>(
+        &'a self,
+        name: &'a str,
+    ) -> impl Iterator<Item = &'a ContainerSeen> + use<'a> {
         self.containers.iter().filter(move |c| c.name == name)
     }
 

@@ -59,13 +59,33 @@ pub fn pod_status(input: &Input<'_>) -> PodStatus {
     };
     let init_statuses: Vec<_> = inits
         .iter()
-        .map(|c| container_status(input, c, prev(|p| &p.init_container_statuses, &c.name), "PodInitializing", true))
+        .map(|c| {
+            container_status(
+                input,
+                c,
+                prev(|p| &p.init_container_statuses, &c.name),
+                "PodInitializing",
+                true,
+            )
+        })
         .collect();
     let blocked = !initialised(inits, &init_statuses);
-    let default = if blocked { "PodInitializing" } else { "ContainerCreating" };
+    let default = if blocked {
+        "PodInitializing"
+    } else {
+        "ContainerCreating"
+    };
     let mut statuses: Vec<_> = mains
         .iter()
-        .map(|c| container_status(input, c, prev(|p| &p.container_statuses, &c.name), default, false))
+        .map(|c| {
+            container_status(
+                input,
+                c,
+                prev(|p| &p.container_statuses, &c.name),
+                default,
+                false,
+            )
+        })
         .collect();
     statuses.sort_by(|a, b| a.name.cmp(&b.name));
     let ephemeral_statuses: Vec<_> = ephemerals
@@ -206,7 +226,10 @@ fn container_status(
         out.container_id = before.container_id.clone();
         out.image_id = before.image_id.clone();
     }
-    let older = observed.instances(&c.name).skip(1).find(|o| o.run == Run::Exited);
+    let older = observed
+        .instances(&c.name)
+        .skip(1)
+        .find(|o| o.run == Run::Exited);
     let last = older.map(|o| ContainerState {
         terminated: Some(terminated(observed, o)),
         ..Default::default()
@@ -220,9 +243,8 @@ fn container_status(
     }
     let state = out.state.as_ref();
     let running = state.is_some_and(|s| s.running.is_some());
-    let hook = has_post_start(c).is_none_or(|()| {
-        newest.is_some_and(|n| input.hooked.contains(&n.id))
-    });
+    let hook =
+        has_post_start(c).is_none_or(|()| newest.is_some_and(|n| input.hooked.contains(&n.id)));
     let ended_well = state
         .and_then(|s| s.terminated.as_ref())
         .is_some_and(|t| t.exit_code == 0);
@@ -265,13 +287,19 @@ fn state(
                 None => (ended, None),
             }
         }
-        Some(seen) if seen.run == Run::Unknown => {
-            (before.map_or_else(|| waiting_state(default_reason, ""), lost), None)
-        }
+        Some(seen) if seen.run == Run::Unknown => (
+            before.map_or_else(|| waiting_state(default_reason, ""), lost),
+            None,
+        ),
         Some(_) if input.intent.ends() => {
             // Made and never started: it never will be.
-            let ended = before.and_then(|b| b.state.clone()).filter(|s| s.terminated.is_some());
-            (ended.unwrap_or_else(|| waiting_state(default_reason, "")), None)
+            let ended = before
+                .and_then(|b| b.state.clone())
+                .filter(|s| s.terminated.is_some());
+            (
+                ended.unwrap_or_else(|| waiting_state(default_reason, "")),
+                None,
+            )
         }
         Some(_) => (
             waiting.map_or_else(|| waiting_state(default_reason, ""), held),
@@ -384,7 +412,8 @@ fn computed(
         return "Failed";
     }
     if ending && !input.observed.any_running() && running == 0 {
-        let all_well = waiting == 0 && !mains.is_empty() && stopped.iter().all(|t| t.exit_code == 0);
+        let all_well =
+            waiting == 0 && !mains.is_empty() && stopped.iter().all(|t| t.exit_code == 0);
         return if all_well { "Succeeded" } else { "Failed" };
     }
     if (pending || sidecar_pending) && !ever_started || waiting > 0 {
@@ -395,7 +424,9 @@ fn computed(
     }
     match policy {
         Policy::Always => "Running",
-        Policy::OnFailure | Policy::Never if stopped.iter().all(|t| t.exit_code == 0) => "Succeeded",
+        Policy::OnFailure | Policy::Never if stopped.iter().all(|t| t.exit_code == 0) => {
+            "Succeeded"
+        }
         Policy::Never => "Failed",
         Policy::OnFailure => "Running",
     }
@@ -410,11 +441,21 @@ struct Condition {
 
 impl Condition {
     fn yes(kind: &'static str) -> Self {
-        Self { kind, status: true, reason: None, message: None }
+        Self {
+            kind,
+            status: true,
+            reason: None,
+            message: None,
+        }
     }
 
     fn no(kind: &'static str, reason: &'static str, message: Option<String>) -> Self {
-        Self { kind, status: false, reason: Some(reason), message }
+        Self {
+            kind,
+            status: false,
+            reason: Some(reason),
+            message,
+        }
     }
 }
 
@@ -460,7 +501,10 @@ fn stamped(input: &Input<'_>, c: Condition) -> PodCondition {
 fn initialised_condition(input: &Input<'_>, status: &PodStatus) -> Condition {
     const KIND: &str = "Initialized";
     if status.phase.as_deref() == Some("Succeeded") {
-        return Condition { reason: Some("PodCompleted"), ..Condition::yes(KIND) };
+        return Condition {
+            reason: Some("PodCompleted"),
+            ..Condition::yes(KIND)
+        };
     }
     let mut mains = status.container_statuses.iter().flatten();
     if mains.any(|s| is_running(s) || ended(s).is_some() || last_ended(s).is_some()) {
@@ -471,13 +515,22 @@ fn initialised_condition(input: &Input<'_>, status: &PodStatus) -> Condition {
     let incomplete: Vec<_> = inits
         .iter()
         .zip(statuses)
-        .filter(|(c, s)| if is_sidecar(c) { s.started != Some(true) } else { !s.ready })
+        .filter(|(c, s)| {
+            if is_sidecar(c) {
+                s.started != Some(true)
+            } else {
+                !s.ready
+            }
+        })
         .map(|(c, _)| c.name.as_str())
         .collect();
     if incomplete.is_empty() {
         return Condition::yes(KIND);
     }
-    let message = format!("containers with incomplete status: [{}]", incomplete.join(" "));
+    let message = format!(
+        "containers with incomplete status: [{}]",
+        incomplete.join(" ")
+    );
     Condition::no(KIND, "ContainersNotInitialized", Some(message))
 }
 
@@ -488,7 +541,10 @@ fn containers_ready(status: &PodStatus, kind: &'static str, inits: &[Container])
         Some(_) | None => {}
     }
     let init_statuses = status.init_container_statuses.iter().flatten();
-    let sidecars = inits.iter().zip(init_statuses).filter(|(c, _)| is_sidecar(c));
+    let sidecars = inits
+        .iter()
+        .zip(init_statuses)
+        .filter(|(c, _)| is_sidecar(c));
     let mains = status.container_statuses.iter().flatten();
     let unready: Vec<_> = sidecars
         .map(|(_, s)| s)
@@ -509,8 +565,16 @@ fn pod_ready(input: &Input<'_>, status: &PodStatus) -> Condition {
     if !containers.status {
         return containers;
     }
-    let others = input.pod.status.as_ref().and_then(|s| s.conditions.as_ref());
-    let gates = input.pod.spec.iter().flat_map(|s| s.readiness_gates.iter().flatten());
+    let others = input
+        .pod
+        .status
+        .as_ref()
+        .and_then(|s| s.conditions.as_ref());
+    let gates = input
+        .pod
+        .spec
+        .iter()
+        .flat_map(|s| s.readiness_gates.iter().flatten());
     let closed: Vec<_> = gates
         .filter_map(|gate| {
             let name = &gate.condition_type;

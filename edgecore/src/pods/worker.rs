@@ -89,7 +89,11 @@ enum Next {
 }
 
 impl Worker {
-    pub fn new(shared: Arc<Shared>, wanted: watch::Receiver<DesiredPod>, waker: Arc<Waker>) -> Self {
+    pub fn new(
+        shared: Arc<Shared>,
+        wanted: watch::Receiver<DesiredPod>,
+        waker: Arc<Waker>,
+    ) -> Self {
         let key = wanted.borrow().key.clone();
         let said = shared.reports.pod(&key);
         let said = said.and_then(|r| serde_json::from_value(r.status).ok());
@@ -148,7 +152,9 @@ impl Worker {
     }
 
     fn emit(&self, container: Option<&str>, kind: EventType, reason: &str, message: &str) {
-        self.shared.events.emit(PodEvent::new(&self.key, container, kind, reason, message));
+        self.shared
+            .events
+            .emit(PodEvent::new(&self.key, container, kind, reason, message));
     }
 
     async fn look_and_act(&mut self) -> Next {
@@ -161,7 +167,11 @@ impl Worker {
                     let message = format!("The Pod cannot be read and is not run: {error}");
                     self.emit(None, EventType::Warning, "FailedValidation", &message);
                 }
-                return if wanted.removed { self.over() } else { Next::Wait(None) };
+                return if wanted.removed {
+                    self.over()
+                } else {
+                    Next::Wait(None)
+                };
             }
         };
         let environment = self.shared.environment.borrow().clone();
@@ -177,7 +187,8 @@ impl Worker {
         let base = intent(&wanted, &pod);
         let now = self.now();
         self.check_deadline(&pod, base, now);
-        let (intent, status) = self.judge(&pod, base, &observed, &environment, now, &BTreeMap::new());
+        let (intent, status) =
+            self.judge(&pod, base, &observed, &environment, now, &BTreeMap::new());
         if intent.ends() {
             self.begin_ending(&intent, now);
         }
@@ -193,11 +204,21 @@ impl Worker {
         let status = if waiting.is_empty() {
             status
         } else {
-            self.judge(&pod, base, &observed, &environment, now, &waiting).1
+            self.judge(&pod, base, &observed, &environment, now, &waiting)
+                .1
         };
         let mut wait = plan.retry_in;
         let mut shorten = |by: Duration| wait = Some(wait.map_or(by, |w: Duration| w.min(by)));
-        self.act(&pod, intent, &plan, &observed, environment, cgroups, now, &mut shorten);
+        self.act(
+            &pod,
+            intent,
+            &plan,
+            &observed,
+            environment,
+            cgroups,
+            now,
+            &mut shorten,
+        );
         self.pending_times(&pod, intent, now, &mut shorten);
         let gone = plan.gone && intent == Intent::Delete;
         self.say(status, gone);
@@ -250,7 +271,11 @@ impl Worker {
         if base != Intent::Run || left > Duration::ZERO || self.failed.is_some() {
             return;
         }
-        if self.said.as_ref().is_some_and(|s| is_terminal(s.phase.as_deref())) {
+        if self
+            .said
+            .as_ref()
+            .is_some_and(|s| is_terminal(s.phase.as_deref()))
+        {
             return;
         }
         let message = "Pod was active on the node longer than the specified deadline";
@@ -299,7 +324,10 @@ impl Worker {
         // What would only be made to be thrown away; sandboxes and containers that are being made
         // are waited for, since a runtime may finish them after the call was dropped.
         for (step, abort) in &self.aborts {
-            if matches!(step, Step::Volumes | Step::Image { .. } | Step::PostStart { .. }) {
+            if matches!(
+                step,
+                Step::Volumes | Step::Image { .. } | Step::PostStart { .. }
+            ) {
                 abort.abort();
             }
         }
@@ -315,7 +343,13 @@ impl Worker {
                 "back-off {} restarting failed container={container} pod={name}_{namespace}({uid})",
                 go_duration(*delay)
             );
-            all.insert(container.clone(), Waiting { reason: "CrashLoopBackOff".into(), message });
+            all.insert(
+                container.clone(),
+                Waiting {
+                    reason: "CrashLoopBackOff".into(),
+                    message,
+                },
+            );
         }
         all
     }
@@ -323,20 +357,36 @@ impl Worker {
     /// A pull that failed a moment ago is an error; one that waits for its next try backs off.
     fn back_off_pulls(&mut self, now: Now) {
         for (step, retry) in &self.memory.retries {
-            let Step::Image { container } = step else { continue };
-            let Some(trouble) = self.memory.trouble.get_mut(container) else { continue };
+            let Step::Image { container } = step else {
+                continue;
+            };
+            let Some(trouble) = self.memory.trouble.get_mut(container) else {
+                continue;
+            };
             let since = retry.not_before.saturating_sub(retry.delay);
             let rested = now.mono >= since + Duration::from_secs(1);
             if trouble.reason == "ErrImagePull" && rested && now.mono < retry.not_before {
                 let message = format!("Back-off pulling image: {}", trouble.message);
-                *trouble = Waiting { reason: "ImagePullBackOff".into(), message: message.clone() };
-                let event = PodEvent::new(&self.key, Some(container), EventType::Normal, "BackOff", message);
+                *trouble = Waiting {
+                    reason: "ImagePullBackOff".into(),
+                    message: message.clone(),
+                };
+                let event = PodEvent::new(
+                    &self.key,
+                    Some(container),
+                    EventType::Normal,
+                    "BackOff",
+                    message,
+                );
                 self.shared.events.emit(event);
             }
         }
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the parts of one look, each used once")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the parts of one look, each used once"
+    )]
     fn act(
         &mut self,
         pod: &Pod,
@@ -369,7 +419,10 @@ impl Worker {
                     continue;
                 }
                 // Nothing is begun with a reference that may exist and has not come down yet.
-                Step::Volumes | Step::Image { .. } | Step::RunSandbox { .. } | Step::Start { .. }
+                Step::Volumes
+                | Step::Image { .. }
+                | Step::RunSandbox { .. }
+                | Step::Start { .. }
                     if !known =>
                 {
                     continue;
@@ -405,7 +458,10 @@ impl Worker {
     fn begin(&mut self, step: Step, job: Job) {
         let mine = step.clone();
         let abort = self.jobs.spawn(async move {
+            let began = tokio::time::Instant::now();
+            let pod = job.key.clone();
             let outcome = job.run(mine.clone()).await;
+            tracing::debug!(%pod, step = ?mine, took = ?began.elapsed(), "a step ended");
             (mine, outcome)
         });
         self.memory.underway.insert(step.clone());
@@ -448,7 +504,9 @@ impl Worker {
             job.image = self.images.get(container).cloned();
             let target = target(pod, container);
             let target = target.and_then(|name| observed.within(up, &name));
-            job.target = target.filter(|c| c.run == Run::Running).map(|c| c.id.clone());
+            job.target = target
+                .filter(|c| c.run == Run::Running)
+                .map(|c| c.id.clone());
         }
         if let Step::Stop { id, deadline, .. } = step {
             job.grace = deadline.saturating_sub(now.mono);
@@ -467,7 +525,9 @@ impl Worker {
                 self.failed = Some(failed);
             }
             // A release wakes this worker.
-            Err(NoGrant::Refused(Refusal::WaitFor(_))) => self.delay(Step::Grant, now, Duration::from_secs(30)),
+            Err(NoGrant::Refused(Refusal::WaitFor(_))) => {
+                self.delay(Step::Grant, now, Duration::from_secs(30))
+            }
             Err(NoGrant::NotStored(error)) => {
                 tracing::warn!(pod = %self.key, error, "a grant could not be written down");
                 self.delay(Step::Grant, now, Duration::from_secs(1));
@@ -476,7 +536,10 @@ impl Worker {
     }
 
     fn delay(&mut self, step: Step, now: Now, delay: Duration) {
-        let retry = Retry { not_before: now.mono + delay, delay };
+        let retry = Retry {
+            not_before: now.mono + delay,
+            delay,
+        };
         self.memory.retries.insert(step, retry);
     }
 
@@ -496,25 +559,41 @@ impl Worker {
 
     fn tell_crashes(&mut self, plan: &Plan) {
         for name in plan.crash_looping.keys() {
-            let known = self.memory.trouble.get(name).is_some_and(|w| w.reason == "CrashLoopBackOff");
+            let known = self
+                .memory
+                .trouble
+                .get(name)
+                .is_some_and(|w| w.reason == "CrashLoopBackOff");
             if !known {
                 self.emit(
                     Some(name),
                     EventType::Warning,
                     "BackOff",
-                    &format!("Back-off restarting failed container {name} in pod {}", self.key.name),
+                    &format!(
+                        "Back-off restarting failed container {name} in pod {}",
+                        self.key.name
+                    ),
                 );
-                let waiting = Waiting { reason: "CrashLoopBackOff".into(), message: String::new() };
+                let waiting = Waiting {
+                    reason: "CrashLoopBackOff".into(),
+                    message: String::new(),
+                };
                 self.memory.trouble.insert(name.clone(), waiting);
             }
         }
-        self.memory
-            .trouble
-            .retain(|name, w| w.reason != "CrashLoopBackOff" || plan.crash_looping.contains_key(name));
+        self.memory.trouble.retain(|name, w| {
+            w.reason != "CrashLoopBackOff" || plan.crash_looping.contains_key(name)
+        });
     }
 
     /// Times at which something is due though nothing changes.
-    fn pending_times(&self, pod: &Pod, intent: Intent, now: Now, shorten: &mut impl FnMut(Duration)) {
+    fn pending_times(
+        &self,
+        pod: &Pod,
+        intent: Intent,
+        now: Now,
+        shorten: &mut impl FnMut(Duration),
+    ) {
         if intent == Intent::Run {
             if let Some(at) = self.refresh_at {
                 shorten(at.saturating_sub(now.mono));
@@ -538,7 +617,13 @@ impl Worker {
 
     fn say(&mut self, status: PodStatus, gone: bool) {
         match serde_json::to_value(&status) {
-            Ok(value) => self.shared.reports.put_pod(&self.key, PodReport { status: value, gone }),
+            Ok(value) => self.shared.reports.put_pod(
+                &self.key,
+                PodReport {
+                    status: value,
+                    gone,
+                },
+            ),
             Err(error) => tracing::warn!(pod = %self.key, %error, "a status could not be written"),
         }
         self.said = Some(status);
@@ -578,7 +663,11 @@ impl Worker {
             }
             Err(error) => {
                 let id = error.id();
-                let step = self.aborts.iter().find(|(_, a)| a.id() == id).map(|(s, _)| s.clone());
+                let step = self
+                    .aborts
+                    .iter()
+                    .find(|(_, a)| a.id() == id)
+                    .map(|(s, _)| s.clone());
                 let Some(step) = step else { return };
                 self.aborts.remove(&step);
                 self.memory.underway.remove(&step);
@@ -603,7 +692,10 @@ impl Worker {
                 self.memory.volumes = true;
                 self.refresh_at = next_refresh.map(|d| now.mono + d.max(Duration::from_secs(1)));
             }
-            Outcome::Image { container, resolved } => {
+            Outcome::Image {
+                container,
+                resolved,
+            } => {
                 self.memory.trouble.remove(&container);
                 self.memory.images.insert(container.clone());
                 self.images.insert(container, resolved);
@@ -670,7 +762,9 @@ fn intent(wanted: &DesiredPod, pod: &Pod) -> Intent {
 fn deadline_left(pod: &Pod, said: Option<&PodStatus>, now: Timestamp) -> Option<Duration> {
     let seconds = pod.spec.as_ref()?.active_deadline_seconds?;
     let limit = Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
-    let started = said.and_then(|s| s.start_time.as_ref()).map_or(now, |t| t.0);
+    let started = said
+        .and_then(|s| s.start_time.as_ref())
+        .map_or(now, |t| t.0);
     let active = Duration::try_from(now.duration_since(started)).unwrap_or_default();
     Some(limit.saturating_sub(active))
 }
@@ -679,7 +773,10 @@ fn deadline_left(pod: &Pod, said: Option<&PodStatus>, now: Timestamp) -> Option<
 fn target(pod: &Pod, container: &str) -> Option<String> {
     let all = pod.spec.as_ref()?.ephemeral_containers.as_ref()?;
     let found = all.iter().find(|e| e.name == container)?;
-    found.target_container_name.clone().filter(|t| !t.is_empty())
+    found
+        .target_container_name
+        .clone()
+        .filter(|t| !t.is_empty())
 }
 
 /// What the Pod's ConfigMaps, Secrets and Services look like now, in the order of its spec.
@@ -705,7 +802,9 @@ fn last_words(volumes: &Volumes, paths: &Paths, pod: &Pod, c: &ContainerSeen) ->
         return String::new();
     };
     let (_, _, uid) = crate::cri::convert::identity(pod);
-    let dir = paths.pod_logs.join(crate::cri::convert::log_directory_name(pod));
+    let dir = paths
+        .pod_logs
+        .join(crate::cri::convert::log_directory_name(pod));
     let log = dir.join(crate::cri::convert::log_path(&c.name, c.attempt));
     volumes.read_termination_message(uid, &spec, c.attempt, c.exit_code, &log)
 }
