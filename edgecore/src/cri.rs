@@ -14,7 +14,7 @@ use futures::stream::BoxStream;
 
 pub mod client;
 pub mod convert;
-//FAKE
+pub mod fake;
 
 pub use crate::r#gen::cri as api;
 

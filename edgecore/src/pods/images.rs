@@ -114,7 +114,7 @@ struct DockerConfig {
 
 /// The credentials for an image that these Secrets hold, the most specific first.
 pub fn credentials(image: &str, secrets: &[Secret]) -> Vec<api::AuthConfig> {
-    let mut found: Vec<(usize, api::AuthConfig)> = Vec::new();
+    let mut found: Vec<((usize, bool), api::AuthConfig)> = Vec::new();
     for secret in secrets {
         let data = |key: &str| secret.data.as_ref().and_then(|d| d.get(key));
         let entries = if let Some(json) = data(".dockerconfigjson") {
@@ -168,8 +168,9 @@ fn origin(image: &str) -> String {
     }
 }
 
-/// Whether an entry's key is for this image; longer keys weigh more. `*` stands for a DNS label.
-fn matches(place: &str, image: &str) -> Option<usize> {
+/// Whether an entry's key is for this image; longer keys weigh more, and of equal length those that
+/// are exact. `*` stands for any part of a DNS label.
+fn matches(place: &str, image: &str) -> Option<(usize, bool)> {
     let bare = place
         .trim_start_matches("https://")
         .trim_start_matches("http://");
@@ -193,7 +194,7 @@ fn matches(place: &str, image: &str) -> Option<usize> {
         || image_path
             .strip_prefix(path)
             .is_some_and(|rest| rest.starts_with('/'));
-    (hosts && paths).then_some(bare.len())
+    (hosts && paths).then(|| (bare.len(), !bare.contains('*')))
 }
 
 fn glob(pattern: &str, label: &str) -> bool {

@@ -406,9 +406,9 @@ fn initialise(
                 // Its instance was removed, but what comes after it has begun: it had ended well.
                 _ if later => {}
                 Some(_) | None => {
-                    // An init container that failed is tried again even where the Pod's regular
-                    // containers would not be; with Never the Pod's phase is final by now.
-                    want(input, sandbox, c, Policy::OnFailure, plan, out);
+                    // Here it has not ended well yet, so it runs whatever the policy: with Never
+                    // the Pod's phase is final once it failed.
+                    want(input, sandbox, c, Policy::Always, plan, out);
                     return false;
                 }
             }
