@@ -5,6 +5,7 @@ pub mod app;
 pub mod cli;
 pub mod config;
 pub mod cri;
+pub mod r#gen;
 pub mod hub;
 pub mod join;
 pub mod node;

@@ -332,7 +332,7 @@ pub fn references_known(pod: &Pod, desired: &Desired) -> Result<(), Vec<ObjectKe
 }
 
 /// Every object that the Pod's start depends on.
-fn references(pod: &Pod) -> Vec<ObjectKey> {
+pub fn references(pod: &Pod) -> Vec<ObjectKey> {
     let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
     let config_map = |name: &str| ObjectKey::named(Kind::ConfigMap, namespace, name);
     let secret = |name: &str| ObjectKey::named(Kind::Secret, namespace, name);
