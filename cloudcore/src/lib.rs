@@ -1,1 +1,3 @@
-//! CloudCore: runs beside the Kubernetes API and serves the edge nodes. `app` wires everything.
+//! The cloud side as a library: `main` is a thin shell around it, and tests reach its parts.
+
+pub mod downstream;
