@@ -8,9 +8,9 @@ pub mod hosts;
 pub mod network;
 pub mod quantity;
 pub mod security;
-mod sources;
+pub(crate) mod sources;
 pub mod tokens;
 pub mod volumes;
 
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
