@@ -17,7 +17,7 @@ use tracing::{debug, info};
 use super::environment::Environment;
 use super::facts::{self, Facts};
 use super::status::{self, Image, NodeConfig, RuntimeState};
-use crate::cri::{Runtime, api};
+use crate::cri::Runtime;
 use crate::pods::manager;
 use crate::store::reports::{Reports, node_key};
 
@@ -102,9 +102,8 @@ impl Task {
     }
 
     async fn images(&self) -> Vec<Image> {
-        let answer = self.deps.cri.list_images(api::ListImagesRequest::default()).await;
+        let answer = self.deps.cri.list_images().await;
         let by_id: BTreeMap<String, Image> = answer
-            .map(|a| a.images)
             .unwrap_or_default()
             .into_iter()
             .map(|i| {
