@@ -4,3 +4,4 @@
 pub mod hub;
 pub mod ids;
 pub mod object;
+pub mod pki;
