@@ -4,3 +4,14 @@
 #[allow(unreachable_pub, missing_docs, clippy::all, clippy::pedantic)]
 #[path = "gen/hub.rs"]
 pub mod proto;
+
+pub mod dial;
+pub mod listen;
+pub mod mux;
+mod quic;
+pub mod tls;
+pub mod transport;
+mod ws;
+
+#[cfg(test)]
+mod testing;

@@ -180,6 +180,12 @@ impl JoinToken {
         Self::from_message(&message)
     }
 
+    /// Puts id and secret into a join request.
+    pub fn present(&self, request: &mut proto::JoinRequest) {
+        request.token_id.clone_from(&self.id);
+        request.token_secret = self.secret.0.to_vec();
+    }
+
     fn from_message(m: &proto::Token) -> Result<Self, TokenError> {
         // The cluster is the last field written, so that whatever is cut off, it is missing.
         if m.cluster_id.is_empty() {
