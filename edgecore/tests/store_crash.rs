@@ -349,7 +349,8 @@ fn a_damaged_database_comes_back_from_the_snapshot() {
         damage(&dir.path().join("database/db"), &mut rng, round);
         match judge_history(dir.path(), n, &before) {
             None => {}
-            Some(Recovery::Database { .. }) => {
+            Some(Recovery::Database { why }) => {
+                println!("round {round}: {why}");
                 rebuilt += 1;
                 assert!(dir.path().join("database.damaged").is_dir());
             }

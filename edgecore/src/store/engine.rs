@@ -218,6 +218,7 @@ impl Engine {
         }
         staged.then.extend(then);
         staged.due = Some(Instant::now() + RETRY);
+        self.wake.notify_one();
     }
 
     /// Forgets what is staged under a prefix, and waits until what is being committed is readable.
