@@ -19,11 +19,11 @@ pub mod quantity;
 pub mod restart;
 pub mod security;
 pub mod seen;
-mod sources;
+pub(crate) mod sources;
 pub mod status;
 pub mod tokens;
 pub mod volumes;
 pub mod worker;
 
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
