@@ -52,7 +52,12 @@ struct RunFlags {
     #[arg(long, value_name = "ADDR:PORT", env = "CLOUDCORE_LISTEN")]
     listen: Option<SocketAddr>,
     /// Where devices reach the hub; several with commas between.
-    #[arg(long, value_name = "HOST:PORT", env = "CLOUDCORE_ADVERTISE", value_delimiter = ',')]
+    #[arg(
+        long,
+        value_name = "HOST:PORT",
+        env = "CLOUDCORE_ADVERTISE",
+        value_delimiter = ','
+    )]
     advertise: Option<Vec<HostPort>>,
     /// Where health, metrics and the session dump are served [default: 127.0.0.1:10080].
     #[arg(long, value_name = "ADDR:PORT", env = "CLOUDCORE_ADMIN")]
@@ -219,7 +224,10 @@ async fn run_install(flags: &InstallFlags) -> anyhow::Result<()> {
     let access = access(flags.kubeconfig.kubeconfig.as_deref()).await?;
     let mode = install::install(&access, flags.impersonation, &mut |line| say(&line)).await?;
     let authority = Authority::ensure(&access.user()?).await?;
-    say(&format!("cluster {}: the CA is in place", authority.cluster));
+    say(&format!(
+        "cluster {}: the CA is in place",
+        authority.cluster
+    ));
     say(match mode {
         Mode::Constrained => "CloudCore acts as each node by constrained impersonation",
         Mode::Direct | Mode::Unproven => {
@@ -244,7 +252,10 @@ fn say(line: &str) {
     println!("{line}");
 }
 
-#[expect(clippy::print_stderr, reason = "the last word of a command that failed")]
+#[expect(
+    clippy::print_stderr,
+    reason = "the last word of a command that failed"
+)]
 fn say_error(line: &str) {
     eprintln!("{line}");
 }
@@ -266,7 +277,10 @@ mod tests {
 
     #[test]
     fn running_needs_no_word() {
-        for line in ["--listen 127.0.0.1:1 --taint-nodes false", "run --listen 127.0.0.1:1 --taint-nodes false"] {
+        for line in [
+            "--listen 127.0.0.1:1 --taint-nodes false",
+            "run --listen 127.0.0.1:1 --taint-nodes false",
+        ] {
             let cli = parse(line);
             let flags = match cli.command {
                 Some(Command::Run(flags)) => flags,
@@ -300,16 +314,21 @@ mod tests {
 
     #[test]
     fn every_flag_has_its_environment_variable() {
-        for command in [Cli::command()].iter().flat_map(|c| {
-            std::iter::once(c.clone()).chain(c.get_subcommands().cloned())
-        }) {
+        for command in [Cli::command()]
+            .iter()
+            .flat_map(|c| std::iter::once(c.clone()).chain(c.get_subcommands().cloned()))
+        {
             for arg in command.get_arguments().filter(|a| a.get_long().is_some()) {
                 let long = arg.get_long().unwrap();
                 if ["help", "version"].contains(&long) {
                     continue;
                 }
                 let want = format!("CLOUDCORE_{}", long.to_uppercase().replace('-', "_"));
-                assert_eq!(arg.get_env().and_then(|e| e.to_str()), Some(want.as_str()), "{long}");
+                assert_eq!(
+                    arg.get_env().and_then(|e| e.to_str()),
+                    Some(want.as_str()),
+                    "{long}"
+                );
             }
         }
     }

@@ -204,7 +204,9 @@ impl Settings {
     /// Fills in the defaults.
     pub fn complete(self) -> Config {
         let days = |n: u64| Duration::from_secs(n * 86_400);
-        let listen = self.listen.unwrap_or((Ipv4Addr::UNSPECIFIED, DEFAULT_PORT).into());
+        let listen = self
+            .listen
+            .unwrap_or((Ipv4Addr::UNSPECIFIED, DEFAULT_PORT).into());
         Config {
             kubeconfig: self.kubeconfig,
             listen,
@@ -215,7 +217,9 @@ impl Settings {
             dead_after: self.dead_after.unwrap_or(Duration::from_secs(45)),
             certificate_lifetime: self.certificate_lifetime.unwrap_or(days(90)),
             reenrol_grace: self.reenrol_grace.unwrap_or(days(180)),
-            cluster_domain: self.cluster_domain.unwrap_or_else(|| "cluster.local".into()),
+            cluster_domain: self
+                .cluster_domain
+                .unwrap_or_else(|| "cluster.local".into()),
             cluster_dns: self.cluster_dns,
             cluster_ranges: self.cluster_ranges.unwrap_or_default(),
             log: self.log.unwrap_or_else(|| "info".into()),
@@ -245,21 +249,33 @@ type Setter = fn(&mut Settings, &Value) -> Result<(), String>;
 
 /// Every key of the file.
 const KEYS: &[(&str, Setter)] = &[
-    ("kubeconfig", |s, v| put(&mut s.kubeconfig, v, |t| Ok(t.into()))),
+    ("kubeconfig", |s, v| {
+        put(&mut s.kubeconfig, v, |t| Ok(t.into()))
+    }),
     ("listen", |s, v| put(&mut s.listen, v, address)),
     ("advertise", |s, v| put(&mut s.advertise, v, advertised)),
     ("admin", |s, v| put(&mut s.admin, v, address)),
-    ("impersonation", |s, v| put(&mut s.impersonation, v, str::parse)),
+    ("impersonation", |s, v| {
+        put(&mut s.impersonation, v, str::parse)
+    }),
     ("taintNodes", |s, v| {
         s.taint_nodes = Some(v.as_bool().ok_or_else(|| wrong_kind("true or false", v))?);
         Ok(())
     }),
     ("deadAfter", |s, v| put(&mut s.dead_after, v, duration)),
-    ("certificateLifetime", |s, v| put(&mut s.certificate_lifetime, v, duration)),
-    ("reenrolGrace", |s, v| put(&mut s.reenrol_grace, v, duration)),
-    ("clusterDomain", |s, v| put(&mut s.cluster_domain, v, |t| Ok(t.into()))),
+    ("certificateLifetime", |s, v| {
+        put(&mut s.certificate_lifetime, v, duration)
+    }),
+    ("reenrolGrace", |s, v| {
+        put(&mut s.reenrol_grace, v, duration)
+    }),
+    ("clusterDomain", |s, v| {
+        put(&mut s.cluster_domain, v, |t| Ok(t.into()))
+    }),
     ("clusterDns", |s, v| put(&mut s.cluster_dns, v, ip)),
-    ("clusterRanges", |s, v| put(&mut s.cluster_ranges, v, ranges)),
+    ("clusterRanges", |s, v| {
+        put(&mut s.cluster_ranges, v, ranges)
+    }),
     ("log", |s, v| put(&mut s.log, v, |t| Ok(t.into()))),
 ];
 
@@ -268,7 +284,9 @@ fn put<T>(
     value: &Value,
     parse: impl Fn(&str) -> Result<T, String>,
 ) -> Result<(), String> {
-    let list: Option<Vec<_>> = value.as_array().map(|all| all.iter().filter_map(Value::as_str).collect());
+    let list: Option<Vec<_>> = value
+        .as_array()
+        .map(|all| all.iter().filter_map(Value::as_str).collect());
     let text = match (value.as_str(), list) {
         (Some(text), _) => text.to_string(),
         (None, Some(list)) if list.len() == value.as_array().map_or(0, Vec::len) => list.join(","),
@@ -291,11 +309,13 @@ fn wrong_kind(want: &str, value: &Value) -> String {
 }
 
 fn address(text: &str) -> Result<SocketAddr, String> {
-    text.parse().map_err(|_| format!("{text:?} is not ADDRESS:PORT, as in 0.0.0.0:{DEFAULT_PORT}"))
+    text.parse()
+        .map_err(|_| format!("{text:?} is not ADDRESS:PORT, as in 0.0.0.0:{DEFAULT_PORT}"))
 }
 
 fn ip(text: &str) -> Result<IpAddr, String> {
-    text.parse().map_err(|_| format!("{text:?} is not an IP address"))
+    text.parse()
+        .map_err(|_| format!("{text:?} is not an IP address"))
 }
 
 /// `HOST:PORT`, or several with commas between.
@@ -331,13 +351,17 @@ pub fn duration(text: &str) -> Result<Duration, String> {
         _ => return Err(wrong()),
     };
     // A century: everything longer is a slip, and would overflow a certificate's dates.
-    let seconds = number.checked_mul(unit).filter(|s| (1..=100 * 365 * 86_400).contains(s));
+    let seconds = number
+        .checked_mul(unit)
+        .filter(|s| (1..=100 * 365 * 86_400).contains(s));
     seconds.map(Duration::from_secs).ok_or_else(wrong)
 }
 
 fn nearest(key: &str) -> &'static str {
     let key = key.to_lowercase().replace(['-', '_'], "");
-    let by_distance = KEYS.iter().min_by_key(|(known, _)| distance(&known.to_lowercase(), &key));
+    let by_distance = KEYS
+        .iter()
+        .min_by_key(|(known, _)| distance(&known.to_lowercase(), &key));
     by_distance.map_or("", |(known, _)| known)
 }
 
@@ -367,17 +391,38 @@ mod tests {
     #[test]
     fn a_mistake_is_told_with_its_path_and_the_way_out() {
         for (text, want) in [
-            ("lisen: 1", "unknown key \"lisen\"; did you mean \"listen\"?"),
-            ("taint-nodes: true", "unknown key \"taint-nodes\"; did you mean \"taintNodes\"?"),
+            (
+                "lisen: 1",
+                "unknown key \"lisen\"; did you mean \"listen\"?",
+            ),
+            (
+                "taint-nodes: true",
+                "unknown key \"taint-nodes\"; did you mean \"taintNodes\"?",
+            ),
             ("reenrollGrace: 3d", "did you mean \"reenrolGrace\"?"),
-            ("listen: 10000", "c.yaml: listen: a text belongs here, not a number"),
+            (
+                "listen: 10000",
+                "c.yaml: listen: a text belongs here, not a number",
+            ),
             ("listen: here", "listen: \"here\" is not ADDRESS:PORT"),
-            ("taintNodes: 'yes'", "taintNodes: true or false belongs here, not a text"),
-            ("advertise: [a:1, 2]", "advertise: a text belongs here, not a list"),
+            (
+                "taintNodes: 'yes'",
+                "taintNodes: true or false belongs here, not a text",
+            ),
+            (
+                "advertise: [a:1, 2]",
+                "advertise: a text belongs here, not a list",
+            ),
             ("advertise: host", "\"host\" is not HOST:PORT"),
-            ("deadAfter: 45", "deadAfter: a text belongs here, not a number"),
+            (
+                "deadAfter: 45",
+                "deadAfter: a text belongs here, not a number",
+            ),
             ("deadAfter: 45 parsecs", "is not a duration like 45s"),
-            ("impersonation: maybe", "\"maybe\" is none of auto, constrained, direct"),
+            (
+                "impersonation: maybe",
+                "\"maybe\" is none of auto, constrained, direct",
+            ),
             ("clusterRanges: 10.0.0.0/33", "is not a range like"),
             ("clusterDns: ten", "\"ten\" is not an IP address"),
             ("[1]", "must be a map"),
@@ -423,7 +468,10 @@ log: debug
 
     #[test]
     fn a_flag_goes_before_the_file_and_the_file_before_the_default() {
-        let flags = Settings { log: Some("flag".into()), ..Settings::default() };
+        let flags = Settings {
+            log: Some("flag".into()),
+            ..Settings::default()
+        };
         let file = Settings::parse("{log: file, clusterDomain: file}", "c").unwrap();
         let config = flags.or(file).complete();
         assert_eq!(config.log, "flag");
@@ -446,7 +494,9 @@ log: debug
         for good in ["a:1", "a.example:65535", "10.0.0.1:10000", "[::1]:1"] {
             assert_eq!(good.parse::<HostPort>().unwrap().to_string(), good);
         }
-        for bad in ["a", "a:0", ":1", "::1:1", "[a]:1", "[::1", "a b:1", "a:99999", "a/b:1"] {
+        for bad in [
+            "a", "a:0", ":1", "::1:1", "[a]:1", "[::1", "a b:1", "a:99999", "a/b:1",
+        ] {
             assert!(bad.parse::<HostPort>().is_err(), "{bad}");
         }
     }

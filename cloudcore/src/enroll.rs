@@ -155,18 +155,26 @@ impl Enroller {
             let why = format!("version {} is not {VERSION}", request.version);
             return Err(Refusal::BadRequest { why });
         }
-        let csr = verify_csr(&request.csr).map_err(|e| Refusal::BadRequest { why: e.to_string() })?;
+        let csr =
+            verify_csr(&request.csr).map_err(|e| Refusal::BadRequest { why: e.to_string() })?;
         check_platform(request)?;
         let by_token = request.expired_certificate.is_empty();
         let node = if by_token {
             let node = self.name_asked(request).await?;
-            let asked = Asked { request, csr, node, now };
+            let asked = Asked {
+                request,
+                csr,
+                node,
+                now,
+            };
             self.join_by_token(&asked).await?;
             asked.node
         } else {
             self.join_again(request, csr.key_id()).await?
         };
-        let chain = self.sign(&request.csr, &node).map_err(|e| Refusal::BadRequest { why: e.to_string() })?;
+        let chain = self
+            .sign(&request.csr, &node)
+            .map_err(|e| Refusal::BadRequest { why: e.to_string() })?;
         Ok((node, chain))
     }
 
@@ -187,7 +195,11 @@ impl Enroller {
     }
 
     async fn token(&self, request: &JoinRequest) -> Result<TokenRecord, Refusal> {
-        let found = self.tokens.find(&request.token_id).await.map_err(unavailable)?;
+        let found = self
+            .tokens
+            .find(&request.token_id)
+            .await
+            .map_err(unavailable)?;
         found
             .filter(|token| token.is_secret(&request.token_secret))
             .ok_or(Refusal::TokenUnknown)
@@ -248,7 +260,11 @@ impl Enroller {
                 let next = record(&asked.node, spec.clone(), present);
                 let params = PostParams::default();
                 let written = match present {
-                    Some(_) => records(&self.client).replace(asked.node.as_str(), &params, &next).await,
+                    Some(_) => {
+                        records(&self.client)
+                            .replace(asked.node.as_str(), &params, &next)
+                            .await
+                    }
                     None => records(&self.client).create(&params, &next).await,
                 };
                 match written {
@@ -309,17 +325,19 @@ impl Enroller {
     fn check_expired(&self, certificate: &[u8], key: KeyId) -> Result<NodeIdentity, Refusal> {
         let roots = [self.authority.ca.certificate().clone()];
         let (cluster, grace) = (&self.authority.cluster, self.config.grace);
-        check_reenrolment(certificate, key, &roots, cluster, UnixTime::now(), grace).map_err(|e| match e {
-            ReenrolError::TooLong { node, days } => Refusal::ExpiredTooLong {
-                node: node.to_string(),
-                days,
-                grace: grace.as_secs() / 86_400,
-            },
-            other @ (ReenrolError::Untrusted(_)
-            | ReenrolError::OtherCluster { .. }
-            | ReenrolError::OtherKey) => Refusal::BadRequest {
-                why: other.to_string(),
-            },
+        check_reenrolment(certificate, key, &roots, cluster, UnixTime::now(), grace).map_err(|e| {
+            match e {
+                ReenrolError::TooLong { node, days } => Refusal::ExpiredTooLong {
+                    node: node.to_string(),
+                    days,
+                    grace: grace.as_secs() / 86_400,
+                },
+                other @ (ReenrolError::Untrusted(_)
+                | ReenrolError::OtherCluster { .. }
+                | ReenrolError::OtherKey) => Refusal::BadRequest {
+                    why: other.to_string(),
+                },
+            }
         })
     }
 
@@ -329,7 +347,9 @@ impl Enroller {
         node: &NodeName,
     ) -> Result<Vec<CertificateDer<'static>>, common::pki::PkiError> {
         let validity = Validity::starting(UnixTime::now(), self.config.certificate_lifetime);
-        self.authority.ca.sign_node_csr(csr, node, &self.authority.cluster, validity)
+        self.authority
+            .ca
+            .sign_node_csr(csr, node, &self.authority.cluster, validity)
     }
 
     /// A new certificate over an existing session. The request may be for a new key; both hold
@@ -341,7 +361,9 @@ impl Enroller {
     ) -> Result<Vec<CertificateDer<'static>>, RenewError> {
         let node = &identity.node;
         let request = verify_csr(csr).map_err(|e| RenewError::Request(node.clone(), e))?;
-        let chain = self.sign(csr, node).map_err(|e| RenewError::Request(node.clone(), e))?;
+        let chain = self
+            .sign(csr, node)
+            .map_err(|e| RenewError::Request(node.clone(), e))?;
         let now = Timestamp::now();
         let mut holds = false;
         let changed = record::change(&self.client, node, |spec| {
@@ -352,7 +374,9 @@ impl Enroller {
             }
             rotates
         });
-        changed.await.map_err(|e| RenewError::Kube(node.clone(), e))?;
+        changed
+            .await
+            .map_err(|e| RenewError::Kube(node.clone(), e))?;
         if !holds {
             return Err(RenewError::NotEnrolled(node.clone()));
         }
@@ -362,7 +386,10 @@ impl Enroller {
 
     /// Tells that a session over this identity has begun: keys older than its own end here.
     pub async fn first_session(&self, identity: &NodeIdentity) -> Result<(), KubeError> {
-        record::change(&self.client, &identity.node, |spec| spec.settle(identity.key_id)).await?;
+        record::change(&self.client, &identity.node, |spec| {
+            spec.settle(identity.key_id)
+        })
+        .await?;
         Ok(())
     }
 
@@ -430,7 +457,10 @@ fn unavailable(error: KubeError) -> Refusal {
 
 /// What a stranger sent, for a log: short, and nothing that a terminal would act on.
 fn printable(text: &str) -> String {
-    text.chars().filter(|c| c.is_ascii_graphic()).take(80).collect()
+    text.chars()
+        .filter(|c| c.is_ascii_graphic())
+        .take(80)
+        .collect()
 }
 
 #[cfg(test)]

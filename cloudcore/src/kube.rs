@@ -207,7 +207,9 @@ impl KubeClients {
     /// Marks one request so that [`Self::own`] sends it as this node: for callers with one request
     /// for each of thousands of nodes, to whom a client for each would cost too much.
     pub fn mark_as_node<B>(request: &mut http::Request<B>, node: &NodeName) {
-        request.extensions_mut().insert(service::AsNode(node.clone()));
+        request
+            .extensions_mut()
+            .insert(service::AsNode(node.clone()));
     }
 
     fn node_client(&self, node: &NodeName, lane: Lane) -> Client {

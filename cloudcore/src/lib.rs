@@ -1,5 +1,6 @@
 //! CloudCore's parts. `app` wires them; `main` is the command line.
 
+pub mod app;
 pub mod cli;
 pub mod config;
 pub mod enroll;

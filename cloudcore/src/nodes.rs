@@ -12,6 +12,9 @@
 //! ```
 
 pub mod birth;
+pub mod claim;
+pub mod keeper;
+pub mod tolerations;
 
 use k8s_openapi::api::core::v1::Node;
 use kube::api::{Patch, PatchParams, PostParams};
@@ -44,7 +47,10 @@ pub async fn ensure(
         field_manager: Some(FIELD_MANAGER.into()),
         ..PostParams::default()
     };
-    match nodes.create(&params, &birth::node(name, record, cluster)).await {
+    match nodes
+        .create(&params, &birth::node(name, record, cluster))
+        .await
+    {
         Ok(_) => Ok(true),
         Err(e) if is_conflict(&e) => Ok(false),
         Err(e) => Err(KubeError::api(format!("making Node {name}"))(e)),
@@ -65,14 +71,25 @@ pub async fn release(client: &Client, name: &NodeName) -> Result<(), KubeError> 
         if !carries_finalizer(&node) {
             return Ok(());
         }
-        let left: Vec<_> = node.finalizers().iter().filter(|f| *f != birth::FINALIZER).collect();
+        let left: Vec<_> = node
+            .finalizers()
+            .iter()
+            .filter(|f| *f != birth::FINALIZER)
+            .collect();
         let patch = json!({"metadata": {
             "finalizers": left,
             "uid": node.metadata.uid,
             "resourceVersion": node.metadata.resource_version,
         }});
         let nodes: Api<Node> = Api::all(client.clone());
-        match nodes.patch(name.as_str(), &PatchParams::default(), &Patch::Merge(&patch)).await {
+        match nodes
+            .patch(
+                name.as_str(),
+                &PatchParams::default(),
+                &Patch::Merge(&patch),
+            )
+            .await
+        {
             Ok(_) => return Ok(()),
             Err(e) if is_absent(&e) => return Ok(()),
             Err(e) if is_conflict(&e) => {}

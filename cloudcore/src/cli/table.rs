@@ -12,7 +12,10 @@ pub(super) fn table(head: &[&str], rows: &[Vec<String>]) -> Vec<String> {
     };
     let widths: Vec<_> = (0..head.len()).map(width).collect();
     let line = |row: &Vec<String>| {
-        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
+        let cells = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, width)| format!("{cell:width$}"));
         cells.collect::<Vec<_>>().join("   ").trim_end().to_string()
     };
     all().map(line).collect()
@@ -37,14 +40,27 @@ mod tests {
 
     #[test]
     fn columns_are_as_wide_as_their_widest_cell() {
-        let rows = vec![vec!["long-name".into(), "x".into()], vec!["a".into(), String::new()]];
-        assert_eq!(table(&["NAME", "KEY"], &rows), ["NAME        KEY", "long-name   x", "a"]);
+        let rows = vec![
+            vec!["long-name".into(), "x".into()],
+            vec!["a".into(), String::new()],
+        ];
+        assert_eq!(
+            table(&["NAME", "KEY"], &rows),
+            ["NAME        KEY", "long-name   x", "a"]
+        );
     }
 
     #[test]
     fn an_age_has_one_unit() {
         let at = |s| Timestamp::from_second(s).unwrap();
-        for (then, want) in [(100, "0s"), (0, "100s"), (-500, "10m"), (-9_900, "2h"), (-999_900, "11d"), (160, "in 60s")] {
+        for (then, want) in [
+            (100, "0s"),
+            (0, "100s"),
+            (-500, "10m"),
+            (-9_900, "2h"),
+            (-999_900, "11d"),
+            (160, "in 60s"),
+        ] {
             assert_eq!(age(at(then), at(100)), want);
         }
     }

@@ -41,7 +41,12 @@ pub(super) struct CreateFlags {
     #[arg(long, value_name = "K=V:EFFECT,..", env = "CLOUDCORE_TAINTS", default_value = "", value_parser = taints)]
     taints: Taints,
     /// Where devices reach the hub, if not where the running cloudcore says.
-    #[arg(long, value_name = "HOST:PORT", env = "CLOUDCORE_ADVERTISE", value_delimiter = ',')]
+    #[arg(
+        long,
+        value_name = "HOST:PORT",
+        env = "CLOUDCORE_ADVERTISE",
+        value_delimiter = ','
+    )]
     advertise: Option<Vec<HostPort>>,
 }
 
@@ -58,13 +63,21 @@ impl CreateFlags {
 
 pub(super) async fn create(client: &Client, flags: &CreateFlags) -> anyhow::Result<()> {
     let endpoints = match &flags.advertise {
-        Some(given) => given.iter().map(|at| Endpoint::new(&at.host, at.port)).collect(),
+        Some(given) => given
+            .iter()
+            .map(|at| Endpoint::new(&at.host, at.port))
+            .collect(),
         None => read_endpoints(client).await?.unwrap_or_default(),
     };
     let Some(first) = endpoints.first().cloned() else {
-        bail!("where devices dial is not known yet: start cloudcore once, or give --advertise HOST:PORT");
+        bail!(
+            "where devices dial is not known yet: start cloudcore once, or give --advertise HOST:PORT"
+        );
     };
-    ensure!(flags.uses == 1 || flags.node.is_none(), "a token for one --node has one use");
+    ensure!(
+        flags.uses == 1 || flags.node.is_none(),
+        "a token for one --node has one use"
+    );
     let authority = Authority::ensure(client).await?;
     let secret = TokenSecret::generate()?;
     let wish = TokenWish {
@@ -74,7 +87,9 @@ pub(super) async fn create(client: &Client, flags: &CreateFlags) -> anyhow::Resu
         labels: flags.labels.clone(),
         taints: flags.taints.0.clone(),
     };
-    let made = Tokens::build(client).create(wish, &secret, Timestamp::now()).await?;
+    let made = Tokens::build(client)
+        .create(wish, &secret, Timestamp::now())
+        .await?;
     let token = JoinToken {
         id: made.id.clone(),
         secret,
@@ -82,7 +97,10 @@ pub(super) async fn create(client: &Client, flags: &CreateFlags) -> anyhow::Resu
         endpoints,
         cluster: authority.cluster,
     };
-    say(&format!("edgecore --join {first} --token {}", token.to_text()));
+    say(&format!(
+        "edgecore --join {first} --token {}",
+        token.to_text()
+    ));
     say_error(&format!(
         "token {}: {} use(s) until {}; paste the line above on the device",
         made.id, made.uses, made.expires
@@ -107,13 +125,18 @@ pub(super) async fn list(client: &Client) -> anyhow::Result<()> {
                 expires,
                 format!("{}/{}", t.left(), t.uses),
                 t.node.as_ref().map_or("-", NodeName::as_str).to_string(),
-                if nodes.is_empty() { "-".into() } else { nodes.join(",") },
+                if nodes.is_empty() {
+                    "-".into()
+                } else {
+                    nodes.join(",")
+                },
             ]
         })
         .collect();
     let head = ["ID", "EXPIRES", "LEFT", "NODE", "JOINED"];
     table(&head, &rows).iter().for_each(|line| say(line));
-    bad.iter().for_each(|error| say_error(&format!("cloudcore: {}", crate::chain(error))));
+    bad.iter()
+        .for_each(|error| say_error(&format!("cloudcore: {}", crate::chain(error))));
     Ok(())
 }
 
@@ -121,19 +144,25 @@ pub(super) async fn revoke(client: &Client, id: &str) -> anyhow::Result<()> {
     if !Tokens::build(client).revoke(id).await? {
         bail!("there is no token {id}: see `cloudcore token list`");
     }
-    say(&format!("token {id} is ended; devices that joined with it stay enrolled"));
+    say(&format!(
+        "token {id} is ended; devices that joined with it stay enrolled"
+    ));
     Ok(())
 }
 
 fn parts(text: &str) -> impl Iterator<Item = &str> {
-    text.split(',').map(str::trim).filter(|part| !part.is_empty())
+    text.split(',')
+        .map(str::trim)
+        .filter(|part| !part.is_empty())
 }
 
 /// `k=v,..` as the API server takes labels.
 fn labels(text: &str) -> Result<Labels, String> {
     parts(text)
         .map(|part| {
-            let (key, value) = part.split_once('=').ok_or_else(|| format!("{part:?} is not KEY=VALUE"))?;
+            let (key, value) = part
+                .split_once('=')
+                .ok_or_else(|| format!("{part:?} is not KEY=VALUE"))?;
             qualified(key)?;
             label_value(value)?;
             Ok((key.to_string(), value.to_string()))
@@ -144,14 +173,22 @@ fn labels(text: &str) -> Result<Labels, String> {
 /// `k=v:Effect` or `k:Effect`, with commas between.
 fn taints(text: &str) -> Result<Taints, String> {
     let one = |part: &str| {
-        let (what, effect) = part.rsplit_once(':').ok_or_else(|| format!("{part:?} is not KEY=VALUE:EFFECT"))?;
+        let (what, effect) = part
+            .rsplit_once(':')
+            .ok_or_else(|| format!("{part:?} is not KEY=VALUE:EFFECT"))?;
         if !["NoSchedule", "PreferNoSchedule", "NoExecute"].contains(&effect) {
-            return Err(format!("effect {effect:?} is none of NoSchedule, PreferNoSchedule, NoExecute"));
+            return Err(format!(
+                "effect {effect:?} is none of NoSchedule, PreferNoSchedule, NoExecute"
+            ));
         }
         let (key, value) = what.split_once('=').unwrap_or((what, ""));
         qualified(key)?;
         label_value(value)?;
-        Ok(NodeTaint { key: key.into(), value: value.into(), effect: effect.into() })
+        Ok(NodeTaint {
+            key: key.into(),
+            value: value.into(),
+            effect: effect.into(),
+        })
     };
     parts(text).map(one).collect::<Result<_, _>>().map(Taints)
 }
@@ -162,8 +199,16 @@ fn qualified(key: &str) -> Result<(), String> {
         Some((prefix, name)) => (Some(prefix), name),
         None => (None, key),
     };
-    let good = prefix.is_none_or(|p| NodeName::parse(p).is_ok()) && !name.is_empty() && label_value(name).is_ok();
-    if good { Ok(()) } else { Err(format!("{key:?} cannot be a key: [PREFIX/]NAME, a name of at most 63 characters")) }
+    let good = prefix.is_none_or(|p| NodeName::parse(p).is_ok())
+        && !name.is_empty()
+        && label_value(name).is_ok();
+    if good {
+        Ok(())
+    } else {
+        Err(format!(
+            "{key:?} cannot be a key: [PREFIX/]NAME, a name of at most 63 characters"
+        ))
+    }
 }
 
 fn label_value(value: &str) -> Result<(), String> {
@@ -173,7 +218,9 @@ fn label_value(value: &str) -> Result<(), String> {
     if bytes.len() <= 63 && bytes.iter().all(inner) && ends(bytes.first()) && ends(bytes.last()) {
         Ok(())
     } else {
-        Err(format!("{value:?} cannot be a value: at most 63 of a-z, A-Z, 0-9, '-', '_' and '.', alphanumeric at both ends"))
+        Err(format!(
+            "{value:?} cannot be a value: at most 63 of a-z, A-Z, 0-9, '-', '_' and '.', alphanumeric at both ends"
+        ))
     }
 }
 
@@ -197,7 +244,10 @@ mod tests {
         let read = taints("a=b:NoSchedule,c:NoExecute").unwrap().0;
         assert_eq!(read.len(), 2);
         assert_eq!((read[0].key.as_str(), read[0].value.as_str()), ("a", "b"));
-        assert_eq!((read[1].value.as_str(), read[1].effect.as_str()), ("", "NoExecute"));
+        assert_eq!(
+            (read[1].value.as_str(), read[1].effect.as_str()),
+            ("", "NoExecute")
+        );
         for bad in ["a", "a=b", "a=b:Never", ":NoSchedule"] {
             assert!(taints(bad).is_err(), "{bad}");
         }

@@ -76,7 +76,9 @@ fn secrets(client: &Client) -> Api<Secret> {
 
 fn build() -> Result<Secret, PkiError> {
     let mut rng = rand::rng();
-    let cluster: String = (0..12).map(|_| crate::BASE32[rng.random_range(0..32)]).collect();
+    let cluster: String = (0..12)
+        .map(|_| crate::BASE32[rng.random_range(0..32)])
+        .collect();
     let cluster = ClusterId::parse(&cluster)?;
     let ca = Ca::generate(&cluster, Validity::starting(UnixTime::now(), ROOT_LIFETIME))?;
     let pem = ca.to_pem();

@@ -103,7 +103,11 @@ impl Enrolments {
 
     /// The record of a node, ended or not, as the watch showed it last.
     pub fn find(&self, node: &NodeName) -> Option<Arc<Enrolment>> {
-        let map = self.inner.map.read().unwrap_or_else(PoisonError::into_inner);
+        let map = self
+            .inner
+            .map
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
         map.get(node).cloned()
     }
 
@@ -234,7 +238,10 @@ fn name_of(record: &Enrolment) -> Option<NodeName> {
     let name = record.metadata.name.as_deref()?;
     let parsed = NodeName::parse(name);
     if parsed.is_err() {
-        tracing::warn!(name, "an enrolment whose name cannot be a node's is passed over");
+        tracing::warn!(
+            name,
+            "an enrolment whose name cannot be a node's is passed over"
+        );
     }
     parsed.ok()
 }
@@ -276,7 +283,12 @@ mod tests {
     }
 
     fn cache(fake: &FakeApi) -> Enrolments {
-        Enrolments::build(fake.client(), fake.client(), ClusterId::parse("c1").unwrap()).0
+        Enrolments::build(
+            fake.client(),
+            fake.client(),
+            ClusterId::parse("c1").unwrap(),
+        )
+        .0
     }
 
     fn feed(cache: &Enrolments, events: Vec<watcher::Event<Enrolment>>) {
@@ -290,8 +302,12 @@ mod tests {
     async fn only_the_enrolled_key_of_an_enrolment_that_holds_is_allowed() {
         let fake = FakeApi::new();
         for (n, revoked) in [("a", false), ("b", true)] {
-            let path = format!("/apis/fleet.cloudcore.io/v1alpha1/namespaces/edge-system/enrolments/{n}");
-            fake.put(&path, serde_json::to_value(enrolment(n, 1, revoked)).unwrap());
+            let path =
+                format!("/apis/fleet.cloudcore.io/v1alpha1/namespaces/edge-system/enrolments/{n}");
+            fake.put(
+                &path,
+                serde_json::to_value(enrolment(n, 1, revoked)).unwrap(),
+            );
         }
         let cache = cache(&fake);
         assert!(cache.allowed(&identity("a", 1)).await.is_ok());
@@ -313,7 +329,10 @@ mod tests {
     async fn a_yes_comes_from_memory() {
         let fake = FakeApi::new();
         let cache = cache(&fake);
-        feed(&cache, vec![watcher::Event::Apply(enrolment("a", 1, false))]);
+        feed(
+            &cache,
+            vec![watcher::Event::Apply(enrolment("a", 1, false))],
+        );
         assert!(cache.allowed(&identity("a", 1)).await.is_ok());
         assert!(fake.requests().is_empty());
     }
@@ -324,19 +343,31 @@ mod tests {
         let mut revoked = cache.revocations();
         let names = cache.names();
         use watcher::Event::{Apply, Delete, Init, InitApply, InitDone};
-        feed(&cache, vec![
-            Init,
-            InitApply(enrolment("a", 1, false)),
-            InitApply(enrolment("b", 1, false)),
-            InitApply(enrolment("c", 1, false)),
-            InitDone,
-        ]);
+        feed(
+            &cache,
+            vec![
+                Init,
+                InitApply(enrolment("a", 1, false)),
+                InitApply(enrolment("b", 1, false)),
+                InitApply(enrolment("c", 1, false)),
+                InitDone,
+            ],
+        );
         assert_eq!(names.borrow().len(), 3);
         assert!(revoked.try_recv().is_err());
-        feed(&cache, vec![Apply(enrolment("a", 1, true)), Apply(enrolment("a", 1, true))]);
+        feed(
+            &cache,
+            vec![
+                Apply(enrolment("a", 1, true)),
+                Apply(enrolment("a", 1, true)),
+            ],
+        );
         feed(&cache, vec![Delete(enrolment("b", 1, false))]);
         // A list after a gap in which "c" went.
-        feed(&cache, vec![Init, InitApply(enrolment("a", 1, true)), InitDone]);
+        feed(
+            &cache,
+            vec![Init, InitApply(enrolment("a", 1, true)), InitDone],
+        );
         for n in ["a", "b", "c"] {
             assert_eq!(revoked.try_recv().unwrap(), name(n));
         }
@@ -347,7 +378,10 @@ mod tests {
     #[tokio::test]
     async fn an_unfinished_list_ends_nothing() {
         let cache = cache(&FakeApi::new());
-        feed(&cache, vec![watcher::Event::Apply(enrolment("a", 1, false))]);
+        feed(
+            &cache,
+            vec![watcher::Event::Apply(enrolment("a", 1, false))],
+        );
         let mut revoked = cache.revocations();
         feed(&cache, vec![watcher::Event::Init]);
         assert!(revoked.try_recv().is_err());

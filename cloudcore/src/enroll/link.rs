@@ -36,7 +36,10 @@ pub async fn ensure_link(
     authority: &Authority,
     advertise: &[HostPort],
 ) -> Result<proto::Link, KubeError> {
-    let endpoints: Vec<_> = advertise.iter().map(|a| Endpoint::new(&a.host, a.port)).collect();
+    let endpoints: Vec<_> = advertise
+        .iter()
+        .map(|a| Endpoint::new(&a.host, a.port))
+        .collect();
     let root = authority.ca.certificate();
     let link = |version| proto::Link {
         version,
@@ -55,12 +58,19 @@ pub async fn ensure_link(
             .map_err(KubeError::api("reading the cluster's link"))?;
         let version = present.as_ref().map_or(Ok(0), version_of)?;
         let data = present.as_ref().and_then(|map| map.data.as_ref());
-        if content.iter().all(|(k, v)| data.is_some_and(|data| data.get(k) == Some(v))) {
+        if content
+            .iter()
+            .all(|(k, v)| data.is_some_and(|data| data.get(k) == Some(v)))
+        {
             return Ok(link(version));
         }
         let next = build(version + 1, content.clone(), present.as_ref());
         let written = match present {
-            Some(_) => maps(client).replace(NAME, &PostParams::default(), &next).await,
+            Some(_) => {
+                maps(client)
+                    .replace(NAME, &PostParams::default(), &next)
+                    .await
+            }
             None => maps(client).create(&PostParams::default(), &next).await,
         };
         match written {
@@ -102,7 +112,10 @@ fn malformed(key: &str) -> KubeError {
 }
 
 fn version_of(map: &ConfigMap) -> Result<u64, KubeError> {
-    let version = map.data.as_ref().and_then(|data| data.get(VERSION)?.parse().ok());
+    let version = map
+        .data
+        .as_ref()
+        .and_then(|data| data.get(VERSION)?.parse().ok());
     version.ok_or_else(|| malformed(VERSION))
 }
 
@@ -128,7 +141,10 @@ mod tests {
         let client = fake.client();
         let authority = Authority::ensure(&client).await.unwrap();
         let ensure = async |at: &str| {
-            ensure_link(&client, &authority, &[at.parse().unwrap()]).await.unwrap().version
+            ensure_link(&client, &authority, &[at.parse().unwrap()])
+                .await
+                .unwrap()
+                .version
         };
         assert_eq!(ensure("cloud.example:10000").await, 1);
         assert_eq!(ensure("cloud.example:10000").await, 1);
@@ -139,6 +155,11 @@ mod tests {
 
     #[tokio::test]
     async fn before_cloudcore_ran_there_is_no_link() {
-        assert!(read_endpoints(&FakeApi::new().client()).await.unwrap().is_none());
+        assert!(
+            read_endpoints(&FakeApi::new().client())
+                .await
+                .unwrap()
+                .is_none()
+        );
     }
 }

@@ -185,7 +185,10 @@ pub async fn change(
             return Ok(Some(present));
         }
         let next = record(node, spec, Some(&present));
-        match records.replace(node.as_str(), &PostParams::default(), &next).await {
+        match records
+            .replace(node.as_str(), &PostParams::default(), &next)
+            .await
+        {
             Ok(written) => return Ok(Some(written)),
             Err(e) if crate::kube::is_conflict(&e) => {}
             Err(e) if crate::kube::is_absent(&e) => return Ok(None),
@@ -220,7 +223,10 @@ mod tests {
         let mut spec = spec(&[1]);
         spec.rotate(key(1), key(2), Timestamp::UNIX_EPOCH);
         assert!(spec.knows(key(1)) && spec.knows(key(2)));
-        assert!(!spec.settle(key(1)), "a session over the old key ends nothing");
+        assert!(
+            !spec.settle(key(1)),
+            "a session over the old key ends nothing"
+        );
         assert!(spec.settle(key(2)));
         assert!(!spec.knows(key(1)) && spec.knows(key(2)));
         assert!(!spec.settle(key(2)), "the second session changes nothing");
@@ -245,7 +251,9 @@ mod tests {
         let yaml = include_str!("../../../deploy/charts/cloudcore/files/enrolments.crd.yaml");
         let crd: serde_json::Value = serde_saphyr::from_str(yaml).unwrap();
         let schema = &crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
-        let named = schema["properties"]["spec"]["properties"].as_object().unwrap();
+        let named = schema["properties"]["spec"]["properties"]
+            .as_object()
+            .unwrap();
         let text = || "x".to_string();
         let full = EnrolmentSpec {
             revoked: Some(Time(Timestamp::UNIX_EPOCH)),
@@ -255,13 +263,20 @@ mod tests {
             agent_version: text(),
             labels: BTreeMap::from([(text(), text())]),
             annotations: BTreeMap::from([(text(), text())]),
-            taints: vec![NodeTaint { key: text(), value: text(), effect: text() }],
+            taints: vec![NodeTaint {
+                key: text(),
+                value: text(),
+                effect: text(),
+            }],
             ..spec(&[1])
         };
         let written = serde_json::to_value(full).unwrap();
         let written: Vec<_> = written.as_object().unwrap().keys().cloned().collect();
         for field in &written {
-            assert!(named.contains_key(field), "{field} is not in the definition");
+            assert!(
+                named.contains_key(field),
+                "{field} is not in the definition"
+            );
         }
         assert_eq!(named.len(), written.len());
     }

@@ -1,6 +1,6 @@
 //! Why a device may not join: a sentence for each reason that says what to do, on both sides.
 
-use common::hub::proto::{Refused, RefusalCode};
+use common::hub::proto::{RefusalCode, Refused};
 
 /// A refusal. What it prints goes to the device and to the log: it holds no secret.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

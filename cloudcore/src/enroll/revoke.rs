@@ -80,7 +80,10 @@ async fn server_time(client: &Client) -> Result<Timestamp, KubeError> {
     let request = http::Request::get("/version").body(Body::empty());
     let request = request.map_err(|e| asking()(kube::Error::HttpError(e)))?;
     let answer = client.send(request).await.map_err(asking())?;
-    let date = answer.headers().get(http::header::DATE).and_then(|d| d.to_str().ok());
+    let date = answer
+        .headers()
+        .get(http::header::DATE)
+        .and_then(|d| d.to_str().ok());
     let time = date.and_then(|d| jiff::fmt::rfc2822::parse(d).ok());
     Ok(time.map_or_else(Timestamp::now, |t| t.timestamp()))
 }

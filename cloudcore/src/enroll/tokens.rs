@@ -133,7 +133,10 @@ impl TokenRecord {
 
     fn to_secret(&self) -> Secret {
         let mut data = BTreeMap::from([
-            ("secret-sha256".to_string(), text(&crate::hex(&self.secret_hash))),
+            (
+                "secret-sha256".to_string(),
+                text(&crate::hex(&self.secret_hash)),
+            ),
             ("expires".into(), text(&self.expires.to_string())),
             ("uses".into(), text(&self.uses.to_string())),
             ("labels".into(), json(&self.labels)),
@@ -163,14 +166,18 @@ impl TokenRecord {
             what: format!("token Secret {NAMESPACE}/{name}"),
             why: format!("its key {key:?} is missing or malformed; delete it"),
         };
-        let bytes = |key| secret.data.as_ref().and_then(|data| data.get(key)).map(|b| &b.0);
+        let bytes = |key: &str| secret.data.as_ref()?.get(key).map(|b| b.0.as_slice());
         let text = |key: &str| {
             let found = bytes(key).and_then(|b| std::str::from_utf8(b).ok());
             found.ok_or_else(|| bad(key))
         };
         Ok(Self {
-            id: name.strip_prefix(PREFIX).ok_or_else(|| bad("name"))?.to_string(),
-            secret_hash: crate::unhex(text("secret-sha256")?).ok_or_else(|| bad("secret-sha256"))?,
+            id: name
+                .strip_prefix(PREFIX)
+                .ok_or_else(|| bad("name"))?
+                .to_string(),
+            secret_hash: crate::unhex(text("secret-sha256")?)
+                .ok_or_else(|| bad("secret-sha256"))?,
             expires: text("expires")?.parse().map_err(|_| bad("expires"))?,
             created: secret.metadata.creation_timestamp.as_ref().map(|t| t.0),
             uses: text("uses")?.parse().map_err(|_| bad("uses"))?,
@@ -216,7 +223,9 @@ impl Tokens {
         now: Timestamp,
     ) -> Result<TokenRecord, KubeError> {
         let mut rng = rand::rng();
-        let id = (0..ID_LENGTH).map(|_| crate::BASE32[rng.random_range(0..32)]).collect();
+        let id = (0..ID_LENGTH)
+            .map(|_| crate::BASE32[rng.random_range(0..32)])
+            .collect();
         let record = TokenRecord {
             id,
             secret_hash: secret.hash().to_vec(),
@@ -295,10 +304,17 @@ impl Tokens {
         });
         let secret = next.to_secret();
         let name = format!("{PREFIX}{}", token.id);
-        match self.secrets.replace(&name, &PostParams::default(), &secret).await {
+        match self
+            .secrets
+            .replace(&name, &PostParams::default(), &secret)
+            .await
+        {
             Ok(_) => Ok(true),
             Err(e) if is_conflict(&e) || is_absent(&e) => Ok(false),
-            Err(e) => Err(KubeError::api(format!("recording a use of token {}", token.id))(e)),
+            Err(e) => Err(KubeError::api(format!(
+                "recording a use of token {}",
+                token.id
+            ))(e)),
         }
     }
 }
@@ -326,7 +342,11 @@ mod tests {
             node: None,
             labels: BTreeMap::new(),
             taints: Vec::new(),
-            used: vec![Use { key: KeyId([1; 32]).to_string(), node: name("a"), at: String::new() }],
+            used: vec![Use {
+                key: KeyId([1; 32]).to_string(),
+                node: name("a"),
+                at: String::new(),
+            }],
             revision: None,
         }
     }
@@ -336,28 +356,106 @@ mod tests {
         let secret = TokenSecret::generate().unwrap();
         let wrong = TokenSecret::generate().unwrap();
         let open = token(&secret);
-        let bound = TokenRecord { node: Some(name("b")), ..open.clone() };
-        let full = TokenRecord { uses: 1, ..open.clone() };
+        let bound = TokenRecord {
+            node: Some(name("b")),
+            ..open.clone()
+        };
+        let full = TokenRecord {
+            uses: 1,
+            ..open.clone()
+        };
         let (k1, k2) = (KeyId([1; 32]), KeyId([2; 32]));
-        let ok = |n: &str, repeated| Ok(Admitted { node: name(n), repeated });
+        let ok = |n: &str, repeated| {
+            Ok(Admitted {
+                node: name(n),
+                repeated,
+            })
+        };
         let id = || "abcdefgh".to_string();
         let used = Err(Refusal::TokenUsed { id: id(), uses: 1 });
-        let expired = Err(Refusal::TokenExpired { id: id(), at: at(100).to_string() });
-        let other = Err(Refusal::TokenOtherNode { id: id(), bound: "b".into(), asked: "a".into() });
+        let expired = Err(Refusal::TokenExpired {
+            id: id(),
+            at: at(100).to_string(),
+        });
+        let other = Err(Refusal::TokenOtherNode {
+            id: id(),
+            bound: "b".into(),
+            asked: "a".into(),
+        });
         let unknown = Err(Refusal::TokenUnknown);
         for (what, token, secret, key, node, now, want) in [
             ("a new device", &open, &secret, k2, "b", 0, ok("b", false)),
-            ("its last second", &open, &secret, k2, "b", 99, ok("b", false)),
+            (
+                "its last second",
+                &open,
+                &secret,
+                k2,
+                "b",
+                99,
+                ok("b", false),
+            ),
             ("expired", &open, &secret, k2, "b", 100, expired),
-            ("repeated after expiry", &open, &secret, k1, "a", 500, ok("a", true)),
-            ("the same key, another name", &full, &secret, k1, "b", 0, used.clone()),
-            ("another key, the same name", &full, &secret, k2, "a", 0, used),
-            ("bound to its node", &bound, &secret, k2, "b", 0, ok("b", false)),
+            (
+                "repeated after expiry",
+                &open,
+                &secret,
+                k1,
+                "a",
+                500,
+                ok("a", true),
+            ),
+            (
+                "the same key, another name",
+                &full,
+                &secret,
+                k1,
+                "b",
+                0,
+                used.clone(),
+            ),
+            (
+                "another key, the same name",
+                &full,
+                &secret,
+                k2,
+                "a",
+                0,
+                used,
+            ),
+            (
+                "bound to its node",
+                &bound,
+                &secret,
+                k2,
+                "b",
+                0,
+                ok("b", false),
+            ),
             ("bound to another", &bound, &secret, k2, "a", 0, other),
-            ("a wrong secret, repeated", &open, &wrong, k1, "a", 0, unknown.clone()),
-            ("a wrong secret tells nothing", &bound, &wrong, k2, "a", 500, unknown),
+            (
+                "a wrong secret, repeated",
+                &open,
+                &wrong,
+                k1,
+                "a",
+                0,
+                unknown.clone(),
+            ),
+            (
+                "a wrong secret tells nothing",
+                &bound,
+                &wrong,
+                k2,
+                "a",
+                500,
+                unknown,
+            ),
         ] {
-            assert_eq!(token.admit(secret.bytes(), key, &name(node), at(now)), want, "{what}");
+            assert_eq!(
+                token.admit(secret.bytes(), key, &name(node), at(now)),
+                want,
+                "{what}"
+            );
         }
     }
 
@@ -370,19 +468,31 @@ mod tests {
             uses: 3,
             node: Some(name("a")),
             labels: BTreeMap::from([("site".into(), "x".into())]),
-            taints: vec![NodeTaint { key: "k".into(), value: "v".into(), effect: "NoSchedule".into() }],
+            taints: vec![NodeTaint {
+                key: "k".into(),
+                value: "v".into(),
+                effect: "NoSchedule".into(),
+            }],
         };
         let tokens = Tokens::build(&fake.client());
         let made = tokens.create(wish, &secret, at(0)).await.unwrap();
         let found = tokens.find(&made.id).await.unwrap().unwrap();
         assert!(found == made);
-        assert_eq!((found.uses, found.left(), &found.node), (3, 3, &Some(name("a"))));
-        let path = format!("/api/v1/namespaces/edge-system/secrets/cloudcore-token-{}", made.id);
+        assert_eq!(
+            (found.uses, found.left(), &found.node),
+            (3, 3, &Some(name("a")))
+        );
+        let path = format!(
+            "/api/v1/namespaces/edge-system/secrets/cloudcore-token-{}",
+            made.id
+        );
         let kept = fake.get(&path).unwrap();
         let data = kept["data"].as_object().unwrap().values();
         use base64::Engine;
         for value in data {
-            let value = base64::engine::general_purpose::STANDARD.decode(value.as_str().unwrap()).unwrap();
+            let value = base64::engine::general_purpose::STANDARD
+                .decode(value.as_str().unwrap())
+                .unwrap();
             assert!(!value.windows(32).any(|w| w == secret.bytes()));
             assert_ne!(value, crate::hex(secret.bytes()).as_bytes());
         }
@@ -401,8 +511,11 @@ mod tests {
         };
         let tokens = Tokens::build(&fake.client());
         let read = tokens.create(wish, &secret, at(0)).await.unwrap();
-        let mut record = async |n: u8, node: &str| {
-            tokens.record_use(&read, KeyId([n; 32]), &name(node), at(1)).await.unwrap()
+        let record = async |n: u8, node: &str| {
+            tokens
+                .record_use(&read, KeyId([n; 32]), &name(node), at(1))
+                .await
+                .unwrap()
         };
         assert!(record(1, "a").await);
         assert!(!record(2, "b").await);

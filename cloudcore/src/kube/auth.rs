@@ -26,8 +26,6 @@ const RETRY: Duration = Duration::from_secs(5);
 enum Origin {
     File(PathBuf),
     Request(Client),
-    #[cfg(test)]
-    Fixed,
 }
 
 pub(crate) struct TokenSource {
@@ -52,16 +50,6 @@ impl TokenSource {
         };
         source.renew().await?;
         Ok(source)
-    }
-
-    #[cfg(test)]
-    pub(crate) fn fixed(token: &str) -> Self {
-        Self {
-            origin: Origin::Fixed,
-            current: watch::Sender::new(bearer(token).ok()),
-            renew_in: watch::Sender::new(LIFETIME),
-            refused: Notify::new(),
-        }
     }
 
     pub(crate) fn current(&self) -> Option<HeaderValue> {
@@ -93,8 +81,6 @@ impl TokenSource {
         let (token, renew_in) = match &self.origin {
             Origin::File(path) => (read_token(path).await?, FILE_AGAIN),
             Origin::Request(client) => request_token(client).await?,
-            #[cfg(test)]
-            Origin::Fixed => return Ok(()),
         };
         self.current.send_replace(Some(token));
         self.renew_in.send_replace(renew_in);
@@ -136,7 +122,10 @@ async fn request_token(client: &Client) -> Result<(HeaderValue, Duration), KubeE
     };
     let status = given.status.ok_or_else(|| malformed("it has no status"))?;
     let token = bearer(&status.token).map_err(|_| malformed("the token is no header value"))?;
-    let life = status.expiration_timestamp.0.duration_since(Timestamp::now());
+    let life = status
+        .expiration_timestamp
+        .0
+        .duration_since(Timestamp::now());
     let life = Duration::try_from(life).unwrap_or(LIFETIME);
     Ok((token, renewal(life)))
 }
@@ -160,7 +149,12 @@ mod tests {
     #[test]
     fn a_token_is_renewed_at_four_fifths_of_its_life() {
         let s = Duration::from_secs;
-        for (life, want) in [(s(3600), s(2880)), (s(86_400), s(2880)), (s(600), s(480)), (s(0), RETRY)] {
+        for (life, want) in [
+            (s(3600), s(2880)),
+            (s(86_400), s(2880)),
+            (s(600), s(480)),
+            (s(0), RETRY),
+        ] {
             assert_eq!(renewal(life), want);
         }
     }

@@ -123,7 +123,10 @@ mod tests {
         let fake = FakeApi::new();
         let mut map = build(&[0; 16]);
         map.data = Some(BTreeMap::from([(KEY.into(), "zz".into())]));
-        maps(&fake.client()).create(&PostParams::default(), &map).await.unwrap();
+        maps(&fake.client())
+            .create(&PostParams::default(), &map)
+            .await
+            .unwrap();
         let error = read_epoch(&fake.client()).await.unwrap_err();
         assert!(error.to_string().contains("cloudcore-epoch"), "{error}");
     }

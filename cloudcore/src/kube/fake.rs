@@ -89,13 +89,19 @@ impl State {
         let Some(mut object) = self.objects.get(path).cloned() else {
             return failure(404, "NotFound");
         };
-        if object["metadata"]["finalizers"].as_array().is_some_and(|f| !f.is_empty()) {
+        if object["metadata"]["finalizers"]
+            .as_array()
+            .is_some_and(|f| !f.is_empty())
+        {
             object["metadata"]["deletionTimestamp"] = json!("2026-01-02T00:00:00Z");
             return (200, self.store(path, object, false));
         }
         self.objects.remove(path);
         self.revision += 1;
-        (200, json!({"kind": "Status", "status": "Success", "metadata": {}}))
+        (
+            200,
+            json!({"kind": "Status", "status": "Success", "metadata": {}}),
+        )
     }
 
     fn list(&self, path: &str, query: &str) -> Value {
@@ -104,13 +110,18 @@ impl State {
             .find_map(|p| p.strip_prefix("labelSelector="))
             .map(|s| s.replace("%2F", "/").replace("%3D", "="));
         let wanted = |object: &Value| {
-            label.as_deref().is_none_or(|selector| match selector.split_once('=') {
-                Some((k, v)) => object["metadata"]["labels"][k] == json!(v),
-                None => object["metadata"]["labels"].get(selector).is_some(),
-            })
+            label
+                .as_deref()
+                .is_none_or(|selector| match selector.split_once('=') {
+                    Some((k, v)) => object["metadata"]["labels"][k] == json!(v),
+                    None => object["metadata"]["labels"].get(selector).is_some(),
+                })
         };
         let prefix = format!("{path}/");
-        let below = |p: &&String| p.strip_prefix(&prefix).is_some_and(|rest| !rest.contains('/'));
+        let below = |p: &&String| {
+            p.strip_prefix(&prefix)
+                .is_some_and(|rest| !rest.contains('/'))
+        };
         let items: Vec<_> = self
             .objects
             .iter()
@@ -151,13 +162,7 @@ async fn serve(state: &Mutex<State>, request: Request<Body>) -> Response<Body> {
         .unwrap()
 }
 
-fn route(
-    state: &mut State,
-    method: &Method,
-    path: &str,
-    query: &str,
-    sent: Value,
-) -> (u16, Value) {
+fn route(state: &mut State, method: &Method, path: &str, query: &str, sent: Value) -> (u16, Value) {
     match *method {
         Method::GET => match state.objects.get(path) {
             Some(object) => (200, object.clone()),
@@ -210,9 +215,16 @@ fn route(
 }
 
 fn is_collection(path: &str) -> bool {
-    ["nodes", "secrets", "configmaps", "enrolments", "leases", "pods"]
-        .iter()
-        .any(|plural| path.ends_with(&format!("/{plural}")))
+    [
+        "nodes",
+        "secrets",
+        "configmaps",
+        "enrolments",
+        "leases",
+        "pods",
+    ]
+    .iter()
+    .any(|plural| path.ends_with(&format!("/{plural}")))
 }
 
 /// RFC 7386.

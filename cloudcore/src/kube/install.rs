@@ -73,7 +73,10 @@ fn documents(text: &str) -> Result<Vec<Value>, KubeError> {
 }
 
 fn field<'a>(object: &'a Value, pointer: &str) -> &'a str {
-    object.pointer(pointer).and_then(Value::as_str).unwrap_or("")
+    object
+        .pointer(pointer)
+        .and_then(Value::as_str)
+        .unwrap_or("")
 }
 
 fn describe(object: &Value) -> String {
@@ -106,7 +109,11 @@ async fn apply(client: &Client, object: Value) -> Result<Line, KubeError> {
         .await
         .map_err(KubeError::api(format!("reading {what}")))?;
     let after = api
-        .patch(name, &PatchParams::apply(FIELD_MANAGER).force(), &Patch::Apply(&object))
+        .patch(
+            name,
+            &PatchParams::apply(FIELD_MANAGER).force(),
+            &Patch::Apply(&object),
+        )
         .await
         .map_err(KubeError::api(format!("applying {what}")))?;
     let outcome = match before {
@@ -119,8 +126,13 @@ async fn apply(client: &Client, object: Value) -> Result<Line, KubeError> {
 
 async fn remove(client: &Client, object: &Value) -> Result<Option<Line>, KubeError> {
     let (what, name) = (describe(object), field(object, "/metadata/name"));
-    match api(client, object).delete(name, &DeleteParams::default()).await {
-        Ok(_) => Ok(Some(format!("{what} removed: this API server has constrained impersonation"))),
+    match api(client, object)
+        .delete(name, &DeleteParams::default())
+        .await
+    {
+        Ok(_) => Ok(Some(format!(
+            "{what} removed: this API server has constrained impersonation"
+        ))),
         Err(e) if is_absent(&e) => Ok(None),
         Err(e) => Err(KubeError::api(format!("removing {what}"))(e)),
     }
@@ -150,7 +162,9 @@ async fn established(client: &Client, name: &str) -> Result<(), KubeError> {
 }
 
 fn is_established(definition: &Value) -> bool {
-    let conditions = definition.pointer("/status/conditions").and_then(Value::as_array);
+    let conditions = definition
+        .pointer("/status/conditions")
+        .and_then(Value::as_array);
     conditions.is_some_and(|all| {
         all.iter()
             .any(|c| c["type"] == "Established" && c["status"] == "True")
@@ -170,12 +184,19 @@ mod tests {
 
     fn rules(kind: &str, name: &str) -> Vec<Value> {
         let roles = all();
-        let role = roles.iter().find(|o| o["kind"] == kind && o["metadata"]["name"] == name);
+        let role = roles
+            .iter()
+            .find(|o| o["kind"] == kind && o["metadata"]["name"] == name);
         role.unwrap()["rules"].as_array().unwrap().clone()
     }
 
     fn verbs(rule: &Value) -> Vec<&str> {
-        rule["verbs"].as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect()
+        rule["verbs"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|v| v.as_str().unwrap())
+            .collect()
     }
 
     #[test]
@@ -194,8 +215,14 @@ mod tests {
     fn cloudcore_itself_reads_secrets_in_its_own_namespace_only() {
         for rule in rules("ClusterRole", "cloudcore") {
             let resources = rule["resources"].to_string();
-            assert!(!resources.contains("secrets") && !resources.contains('*'), "{rule}");
-            assert!(!verbs(&rule).iter().any(|v| v.contains("impersonate")), "{rule}");
+            assert!(
+                !resources.contains("secrets") && !resources.contains('*'),
+                "{rule}"
+            );
+            assert!(
+                !verbs(&rule).iter().any(|v| v.contains("impersonate")),
+                "{rule}"
+            );
         }
     }
 

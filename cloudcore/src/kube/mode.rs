@@ -68,7 +68,11 @@ fn judge(answer: Result<&SelfSubjectReview, Option<u16>>, user: &str) -> Option<
             let as_node = info.username.as_deref() == Some(user);
             // The node's user without its group is a plain impersonation: it is not a node there.
             let proven = as_node && groups.iter().any(|g| g == "system:nodes");
-            Some(if proven { Mode::Constrained } else { Mode::Direct })
+            Some(if proven {
+                Mode::Constrained
+            } else {
+                Mode::Direct
+            })
         }
         Err(Some(401 | 403)) => Some(Mode::Direct),
         Err(_) => None,
@@ -79,9 +83,17 @@ fn judge(answer: Result<&SelfSubjectReview, Option<u16>>, user: &str) -> Option<
 pub(crate) async fn ask(clients: &KubeClients) -> Result<Mode, KubeError> {
     let node = NodeName::parse(PROBE).expect("the probe's name is a node name");
     let mut request = kube::core::Request::new("/apis/authentication.k8s.io/v1/selfsubjectreviews")
-        .create(&PostParams::default(), br#"{"apiVersion":"authentication.k8s.io/v1","kind":"SelfSubjectReview"}"#.to_vec())
-        .map_err(|e| KubeError::Api { what: "building a SelfSubjectReview".into(), source: kube::Error::BuildRequest(e) })?;
-    request.extensions_mut().insert(super::service::AlwaysAsNode(node.clone()));
+        .create(
+            &PostParams::default(),
+            br#"{"apiVersion":"authentication.k8s.io/v1","kind":"SelfSubjectReview"}"#.to_vec(),
+        )
+        .map_err(|e| KubeError::Api {
+            what: "building a SelfSubjectReview".into(),
+            source: kube::Error::BuildRequest(e),
+        })?;
+    request
+        .extensions_mut()
+        .insert(super::service::AlwaysAsNode(node.clone()));
     let answer = clients.own().request::<SelfSubjectReview>(request).await;
     let judged = judge(answer.as_ref().map_err(status_code), &node.user());
     match (judged, answer) {
@@ -156,7 +168,11 @@ pub(crate) async fn keep_true(clients: &KubeClients) {
                 Ok(mode) => {
                     let before = clients.shared.mode.send_replace(mode);
                     if before != mode {
-                        tracing::warn!(?before, ?mode, "the API server changed how nodes are acted for");
+                        tracing::warn!(
+                            ?before,
+                            ?mode,
+                            "the API server changed how nodes are acted for"
+                        );
                     }
                 }
                 Err(error) => {
@@ -183,7 +199,10 @@ mod tests {
     fn only_the_nodes_own_user_in_its_group_proves_constrained_impersonation() {
         let node = review("system:node:a", &["system:nodes", "system:authenticated"]);
         let groupless = review("system:node:a", &["system:authenticated"]);
-        let ignored = review("system:serviceaccount:edge-system:cloudcore", &["system:nodes"]);
+        let ignored = review(
+            "system:serviceaccount:edge-system:cloudcore",
+            &["system:nodes"],
+        );
         for (answer, want) in [
             (Ok(&node), Some(Mode::Constrained)),
             (Ok(&groupless), Some(Mode::Direct)),

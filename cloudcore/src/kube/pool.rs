@@ -67,10 +67,11 @@ impl Pool {
             .with_tls_config(access.anonymous_tls()?)
             .https_or_http();
         if let Some(name) = access.tls_server_name() {
-            let name = ServerName::try_from(name.to_string()).map_err(|e| KubeError::Kubeconfig {
-                path: "tls-server-name".into(),
-                source: Box::new(e),
-            })?;
+            let name =
+                ServerName::try_from(name.to_string()).map_err(|e| KubeError::Kubeconfig {
+                    path: "tls-server-name".into(),
+                    source: Box::new(e),
+                })?;
             builder = builder.with_server_name_resolver(FixedServerNameResolver::new(name));
         }
         Ok(Self {

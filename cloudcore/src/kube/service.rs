@@ -134,7 +134,11 @@ mod tests {
     #[test]
     fn a_request_goes_behind_the_servers_own_path() {
         for (base, request, want) in [
-            ("https://h:6443", "/api/v1/nodes?watch=1", "https://h:6443/api/v1/nodes?watch=1"),
+            (
+                "https://h:6443",
+                "/api/v1/nodes?watch=1",
+                "https://h:6443/api/v1/nodes?watch=1",
+            ),
             ("https://h:6443/", "/api/v1", "https://h:6443/api/v1"),
             ("https://h/k8s/c1/", "/apis/x", "https://h/k8s/c1/apis/x"),
         ] {

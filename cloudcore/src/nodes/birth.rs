@@ -40,7 +40,12 @@ pub fn provider_id(cluster: &ClusterId, node: &NodeName) -> String {
 
 /// Whether this cluster's CloudCore made the Node: its providerID, which cannot be changed, says.
 pub fn is_ours(node: &Node, cluster: &ClusterId) -> bool {
-    let Some(name) = node.metadata.name.as_deref().and_then(|n| NodeName::parse(n).ok()) else {
+    let Some(name) = node
+        .metadata
+        .name
+        .as_deref()
+        .and_then(|n| NodeName::parse(n).ok())
+    else {
         return false;
     };
     let provider = node.spec.as_ref().and_then(|s| s.provider_id.as_deref());
@@ -93,7 +98,8 @@ fn birth_labels(name: &NodeName, record: &EnrolmentSpec) -> BTreeMap<String, Str
 pub fn keep(record: &mut EnrolmentSpec, name: &NodeName, node: &Node) -> bool {
     let birth = birth_labels(name, record);
     let controllers_taint = |key: &str| {
-        key.starts_with("node.kubernetes.io/") || key.starts_with("node.cloudprovider.kubernetes.io/")
+        key.starts_with("node.kubernetes.io/")
+            || key.starts_with("node.cloudprovider.kubernetes.io/")
     };
     let controllers_annotation =
         |key: &str| key == ATTACH_DETACH || key.starts_with("node.alpha.kubernetes.io/");
@@ -173,14 +179,23 @@ mod tests {
             ("kubernetes.io/arch", "arm64"),
             ("beta.kubernetes.io/os", "linux"),
             ("beta.kubernetes.io/arch", "arm64"),
-            ("node.kubernetes.io/exclude-from-external-load-balancers", "true"),
+            (
+                "node.kubernetes.io/exclude-from-external-load-balancers",
+                "true",
+            ),
             ("topology.kubernetes.io/zone", "berlin"),
         ] {
             assert_eq!(labels.get(key).map(String::as_str), Some(value), "{key}");
         }
         let annotations = node.metadata.annotations.clone().unwrap();
-        assert_eq!(annotations["volumes.kubernetes.io/controller-managed-attach-detach"], "true");
-        assert_eq!(node.metadata.finalizers.as_deref(), Some(&[FINALIZER.to_string()][..]));
+        assert_eq!(
+            annotations["volumes.kubernetes.io/controller-managed-attach-detach"],
+            "true"
+        );
+        assert_eq!(
+            node.metadata.finalizers.as_deref(),
+            Some(&[FINALIZER.to_string()][..])
+        );
         let spec = node.spec.clone().unwrap();
         assert_eq!(spec.provider_id.as_deref(), Some("edge://c1/a"));
         assert_eq!(spec.taints.unwrap()[0].key, "node-role.kubernetes.io/edge");
@@ -202,10 +217,17 @@ mod tests {
         ]);
         let spec = made.spec.as_mut().unwrap();
         spec.unschedulable = None;
-        let taint = |key: &str| Taint { key: key.into(), effect: "NoExecute".into(), ..Taint::default() };
+        let taint = |key: &str| Taint {
+            key: key.into(),
+            effect: "NoExecute".into(),
+            ..Taint::default()
+        };
         spec.taints = Some(vec![taint("mine"), taint("node.kubernetes.io/unreachable")]);
         assert!(keep(&mut record, &name(), &made));
-        assert_eq!(record.labels, BTreeMap::from([("people".into(), "wrote".into())]));
+        assert_eq!(
+            record.labels,
+            BTreeMap::from([("people".into(), "wrote".into())])
+        );
         assert_eq!(
             record.annotations,
             BTreeMap::from([("note".into(), "kept".into()), ("team".into(), "x".into())])
@@ -213,12 +235,20 @@ mod tests {
         assert_eq!(record.taints.len(), 1);
         assert_eq!(record.taints[0].key, "mine");
         assert!(!record.unschedulable);
-        assert!(!keep(&mut record, &name(), &made), "the second time changes nothing");
+        assert!(
+            !keep(&mut record, &name(), &made),
+            "the second time changes nothing"
+        );
     }
 
     #[test]
     fn architectures_have_their_kubernetes_names() {
-        for (from, to) in [("x86_64", "amd64"), ("aarch64", "arm64"), ("arm", "arm"), ("riscv64", "riscv64")] {
+        for (from, to) in [
+            ("x86_64", "amd64"),
+            ("aarch64", "arm64"),
+            ("arm", "arm"),
+            ("riscv64", "riscv64"),
+        ] {
             assert_eq!(kubernetes_arch(from), to);
         }
     }
