@@ -11,6 +11,7 @@ pub mod hub;
 pub mod kube;
 pub mod nodes;
 pub mod upstream;
+pub mod views;
 
 pub use common::telemetry::chain;
 
