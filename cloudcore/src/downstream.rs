@@ -189,8 +189,11 @@ pub struct Task<C> {
     inbox: mpsc::Receiver<Input>,
     inbox_sender: mpsc::Sender<Input>,
     malformed: mpsc::Sender<Malformed>,
-    /// Who waits for reads of which node's references.
+    /// Who waits for reads of which node's references. As many as there are calls of `consistent`,
+    /// one a session.
     waiting: Vec<Waiting>,
+    /// The edge nodes changed: cells of those that left go once their last set is published.
+    prune: Option<Arc<BTreeSet<NodeName>>>,
 }
 
 struct Waiting {
@@ -232,6 +235,7 @@ pub fn build<C: Clients>(
         inbox_sender,
         malformed,
         waiting: Vec::new(),
+        prune: None,
     };
     (handle, task)
 }
@@ -302,7 +306,7 @@ impl<C: Clients> Task<C> {
         match seen {
             Seen::EdgeNodes(names) => {
                 index.edge_nodes(&names);
-                self.published.prune(&names);
+                self.prune = Some(names);
             }
             Seen::ListBegins {
                 kind,
@@ -384,10 +388,11 @@ impl<C: Clients> Task<C> {
                 self.index.progress(&reference, ticket, view);
             }
             Told::Refused { reference, ticket } => self.index.refuse(&reference, ticket),
+            Told::Stuck { reference, node } => self.index.stuck(&reference, &node),
         }
     }
 
-    /// Acts on what the batch changed: reads first, then the sets, then the marks that vouch for
+    /// Acts on what the batch changed: reads first, then live states and sets, then the marks that vouch for
     /// them.
     fn publish(&mut self, configs: &mut Configs<C, Input>) {
         let Changes {
@@ -396,17 +401,18 @@ impl<C: Clients> Task<C> {
             commands,
             malformed,
             rewound,
+            list_again,
         } = self.index.take();
         commands
             .into_iter()
             .for_each(|command| configs.obey(command));
+        for node in views {
+            self.published.set_views(&node, self.index.views(&node));
+        }
         for node in nodes {
             if self.published.set(&node, self.index.desired(&node)) {
                 self.metrics.published.add(1);
             }
-        }
-        for node in views {
-            self.published.set_views(&node, self.index.views(&node));
         }
         self.published.set_marks(self.index.marks());
         self.tell_waiting();
@@ -418,7 +424,12 @@ impl<C: Clients> Task<C> {
         if rewound {
             self.metrics.rewinds.add(1);
             tracing::warn!("the cluster went back in time (restored from a backup?): listing all");
+        }
+        if list_again {
             self.requests.send_modify(|n| *n += 1);
+        }
+        if let Some(edges) = self.prune.take() {
+            self.published.prune(&edges);
         }
     }
 

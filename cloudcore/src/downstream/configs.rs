@@ -47,6 +47,11 @@ pub(super) enum Told {
         reference: ObjectKey,
         ticket: u64,
     },
+    /// A read is refused for longer than an authorizer lags.
+    Stuck {
+        reference: ObjectKey,
+        node: NodeName,
+    },
 }
 
 /// Reads at one time. They share connections of at most 90 streams with each other; 30,000 of them
@@ -56,6 +61,9 @@ const READS_AT_ONCE: usize = 64;
 /// The first wait after a refusal: the authorizer follows the binding within milliseconds, and a
 /// Pod waits for it.
 const FIRST_READ_WAIT: Duration = Duration::from_millis(10);
+
+/// So many refusals take about five seconds: no lag explains them.
+const STUCK: u32 = 10;
 
 const FIRST_WATCH_WAIT: Duration = Duration::from_millis(500);
 
@@ -172,6 +180,7 @@ struct One<T> {
 impl<T: From<Told>> One<T> {
     async fn read(self, permits: Arc<Semaphore>) {
         let mut backoff = Backoff::new(FIRST_READ_WAIT, 0);
+        let mut refusals = 0_u32;
         loop {
             let Ok(permit) = permits.acquire().await else {
                 return;
@@ -191,7 +200,19 @@ impl<T: From<Told>> One<T> {
                     let _ = self.out.send(told.into()).await;
                     return;
                 }
-                Err(fault) => self.wait(&mut backoff, &fault).await,
+                Err(fault) => {
+                    if let Fault::Forbidden(_) = fault {
+                        refusals += 1;
+                    }
+                    if refusals == STUCK {
+                        let (reference, node) = (self.reference.clone(), self.node.clone());
+                        let told = Told::Stuck { reference, node };
+                        if self.out.send(told.into()).await.is_err() {
+                            return;
+                        }
+                    }
+                    self.wait(&mut backoff, &fault).await;
+                }
             }
         }
     }

@@ -75,9 +75,11 @@ pub enum Command {
     },
 }
 
-/// An object that could not be understood, or names what cannot exist. For an Event on the object.
+/// An object that cannot be sent as it is, for an Event on it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Malformed {
+    /// The Event's reason: one word, for programs.
+    pub reason: &'static str,
     pub kind: Kind,
     pub namespace: String,
     pub name: String,
@@ -95,8 +97,10 @@ pub struct Changes {
     pub views: BTreeSet<NodeName>,
     pub commands: Vec<Command>,
     pub malformed: Vec<Malformed>,
-    /// The cluster went back in time: all other feeds must list again.
+    /// The cluster went back in time.
     pub rewound: bool,
+    /// Every cluster-wide feed must list again: one of them saw the cluster go back.
+    pub list_again: bool,
 }
 
 #[derive(Debug, Default)]
@@ -273,6 +277,7 @@ impl Index {
     pub fn apply_node(&mut self, object: &Value, origin: Origin) {
         let Some((name, revision)) = node_identity(object) else {
             return self.changes.malformed.push(Malformed {
+                reason: pod::MALFORMED,
                 kind: Kind::Node,
                 namespace: String::new(),
                 name: text(object, "/metadata/name").unwrap_or_default().into(),
@@ -318,6 +323,7 @@ impl Index {
         if !std::mem::replace(&mut self.nodes_listed, true) {
             self.all_changed();
         }
+        self.changes.list_again |= revision < self.marks.nodes;
         self.marks.nodes = revision;
     }
 
@@ -344,6 +350,7 @@ impl Index {
     pub fn service_list_ends(&mut self, revision: u64) {
         let affected = self.services.list_ends(revision);
         self.services_changed(affected);
+        self.changes.list_again |= revision < self.marks.services;
         self.marks.services = revision;
     }
 
@@ -391,18 +398,27 @@ impl Index {
         self.shared.refused(reference, ticket, &mut self.orders);
     }
 
+    /// The server keeps refusing `reference` to `node`: says so of each Pod that waits for it.
+    pub fn stuck(&mut self, reference: &ObjectKey, node: &NodeName) {
+        let uids = self.edges.get(node).into_iter().flat_map(|e| &e.pods);
+        let pods = uids.filter_map(|uid| self.pods.get(uid));
+        let waiting = pods.filter(|p| p.waits_for(reference));
+        self.changes
+            .malformed
+            .extend(waiting.map(|p| p.refused(reference)));
+    }
+
     /// Asks for everything that the node's Pods name once more. Gives what was asked for.
     pub fn read_again(&mut self, node: &NodeName) -> Vec<ObjectKey> {
         self.shared.read_again(node, &mut self.orders)
     }
 
-    /// What the node must have, as of everything that was applied.
-    pub fn desired(&self, node: &NodeName) -> Desired {
-        let Some(edge) = self.edges.get(node) else {
-            return Desired::default();
-        };
+    /// What the node must have, as of everything that was applied. `None` while its Pods are not
+    /// known: it is no edge's node, or not listed yet. That is no empty set, and takes nothing away.
+    pub fn desired(&self, node: &NodeName) -> Option<Desired> {
+        let edge = self.edges.get(node).filter(|e| e.listed.is_some())?;
         let mut desired = Desired {
-            complete: edge.listed.is_some() && self.nodes_listed && self.services.is_listed(),
+            complete: self.nodes_listed && self.services.is_listed(),
             ..Desired::default()
         };
         let mut namespaces = BTreeSet::new();
@@ -423,7 +439,7 @@ impl Index {
             .of(&namespaces)
             .for_each(|s| desired.add(Some(s)));
         desired.add(self.nodes.get(node));
-        desired
+        Some(desired)
     }
 
     /// The live state of the node's Pods, mirror Pods included.
@@ -541,6 +557,7 @@ impl Index {
         self.shared.rewind(&mut self.orders);
         self.marks = Marks::default();
         self.changes.rewound = true;
+        self.changes.list_again = true;
     }
 }
 

@@ -19,7 +19,9 @@ use super::versioned::{Versioned, View};
 #[derive(Debug, Clone)]
 pub struct NodeSnapshot {
     pub objects: Arc<BTreeMap<ObjectKey, Arc<Versioned>>>,
-    /// Whether that is everything. Only then may an absence be read from it.
+    /// Whether that is everything: only then may the absence of a key be taken for a removal by
+    /// somebody who did not see it here before. A key that vanishes between two snapshots of one
+    /// feed was removed, complete or not.
     pub complete: bool,
     /// For each kind, the resourceVersion up to which this snapshot is known to hold everything.
     ///
@@ -152,9 +154,13 @@ impl Published {
         read(&self.pods).get(uid).cloned()
     }
 
-    /// Stores a node's set and wakes its readers. False when nothing differs.
-    pub(super) fn set(&self, node: &NodeName, desired: Desired) -> bool {
+    /// Stores a node's set and wakes its readers. False when nothing differs. `None` is no set: the
+    /// objects stay, since whoever follows takes what is missing for removed, but completeness ends.
+    pub(super) fn set(&self, node: &NodeName, desired: Option<Desired>) -> bool {
         self.cell(node).set.send_if_modified(|set| {
+            let Some(desired) = desired else {
+                return std::mem::replace(&mut set.complete, false);
+            };
             let same = set.complete == desired.complete
                 && set.objects.len() == desired.objects.len()
                 && set
