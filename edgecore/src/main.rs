@@ -1,1 +1,45 @@
-fn main() {}
+//! The `edgecore` program.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use edgecore::cli::{Cli, Command};
+use edgecore::config::Config;
+use edgecore::{admin, app};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match cli.command {
+        Some(Command::Status { admin: socket }) => report(admin::print_status(&socket)),
+        Some(Command::Run(args)) => run(args),
+        None => run(cli.run),
+    }
+}
+
+fn run(args: edgecore::cli::RunArgs) -> ExitCode {
+    let config = match Config::resolve(args) {
+        Ok(config) => config,
+        Err(error) => return fail(&error, 3),
+    };
+    common::telemetry::start(&config.log, config.log_json);
+    match app::start(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error, error.exit_code()),
+    }
+}
+
+fn report(result: std::io::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error, 1),
+    }
+}
+
+#[expect(
+    clippy::print_stderr,
+    reason = "the last words of a command line program"
+)]
+fn fail(error: &dyn std::error::Error, code: u8) -> ExitCode {
+    eprintln!("edgecore: {}", common::telemetry::chain(error));
+    ExitCode::from(code)
+}

@@ -104,7 +104,7 @@ pub struct Refused {
 pub struct Message {
     #[prost(
         oneof = "message::Body",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15"
     )]
     pub body: ::core::option::Option<message::Body>,
 }
@@ -142,10 +142,6 @@ pub mod message {
         Response(super::Response),
         #[prost(message, tag = "15")]
         GoAway(super::GoAway),
-        #[prost(message, tag = "16")]
-        Ping(super::Ping),
-        #[prost(message, tag = "17")]
-        Pong(super::Pong),
     }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -467,22 +463,12 @@ pub struct GoAway {
     #[prost(uint32, tag = "3")]
     pub retry_after_ms: u32,
 }
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct Ping {
-    #[prost(uint64, tag = "1")]
-    pub id: u64,
-}
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct Pong {
-    #[prost(uint64, tag = "1")]
-    pub id: u64,
-}
-/// The head of a stream that either side opens beside the lanes (exec, attach, logs, port-forward,
-/// metrics). Fields come with the first of them.
+/// The head of a stream. Tunnels (exec, attach, logs, port-forward, metrics) add their kinds and
+/// fields.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct StreamHead {
-    #[prost(uint32, tag = "1")]
-    pub kind: u32,
+    #[prost(enumeration = "StreamKind", tag = "1")]
+    pub kind: i32,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -652,6 +638,41 @@ impl GoAwayReason {
             "GO_AWAY_QUARANTINED" => Some(Self::GoAwayQuarantined),
             "GO_AWAY_PROTOCOL_ERROR" => Some(Self::GoAwayProtocolError),
             "GO_AWAY_LOST_CLAIM" => Some(Self::GoAwayLostClaim),
+            _ => None,
+        }
+    }
+}
+/// What a stream of the connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum StreamKind {
+    StreamUnspecified = 0,
+    /// The three lanes of the session, opened by the edge before its Hello. Each carries Message
+    /// frames in both directions.
+    StreamControl = 1,
+    StreamStatus = 2,
+    StreamBulk = 3,
+}
+impl StreamKind {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::StreamUnspecified => "STREAM_UNSPECIFIED",
+            Self::StreamControl => "STREAM_CONTROL",
+            Self::StreamStatus => "STREAM_STATUS",
+            Self::StreamBulk => "STREAM_BULK",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "STREAM_UNSPECIFIED" => Some(Self::StreamUnspecified),
+            "STREAM_CONTROL" => Some(Self::StreamControl),
+            "STREAM_STATUS" => Some(Self::StreamStatus),
+            "STREAM_BULK" => Some(Self::StreamBulk),
             _ => None,
         }
     }

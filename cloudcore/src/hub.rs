@@ -1,0 +1,233 @@
+//! Where edges come in: the listener, joining, and one actor a session.
+//!
+//! Owns the tasks of all sessions; they end with it. Takes connections that TLS has let in; gives
+//! what they report to `upstream` and what they need from `downstream`.
+
+pub mod registry;
+pub mod session;
+pub mod view;
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::hub::listen::{Accepted, JoinStream, Listener};
+use common::hub::proto;
+use common::ids::NodeName;
+use common::telemetry::chain;
+use rand::RngCore as _;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use crate::downstream::Downstream;
+use crate::enroll::{Enroller, Enrolments, LinkSource};
+use crate::kube::epoch::Epochs;
+use crate::nodes::claim::Claims;
+use crate::upstream::{NodeUpstream, Upstream};
+use registry::{Ending, Registry, SessionEntry};
+use session::Answered;
+
+/// Something that a session waits for without holding its actor.
+pub type Answer = Pin<Box<dyn Future<Output = Answered> + Send>>;
+
+/// How long sessions get to say goodbye when CloudCore stops.
+const DRAIN: Duration = Duration::from_secs(3);
+
+/// What every session uses.
+pub struct HubDeps {
+    pub registry: Registry,
+    pub downstream: Downstream,
+    pub upstream: Upstream,
+    pub claims: Claims,
+    pub enroller: Enroller,
+    pub enrolments: Enrolments,
+    pub epoch: watch::Sender<[u8; 16]>,
+    pub epochs: Epochs,
+    /// What a Pod is born with; read from the cluster at start.
+    pub environment: watch::Receiver<proto::NodeEnvironment>,
+    pub link: LinkSource,
+    /// After this much silence either end takes the link for dead.
+    pub dead_after: Duration,
+}
+
+impl HubDeps {
+    /// The answer to a Hello: only what the edge does not have yet.
+    fn welcome(
+        &self,
+        hello: &proto::Hello,
+        session_epoch: u64,
+        cluster_epoch: [u8; 16],
+        now_ms: u64,
+    ) -> proto::Welcome {
+        let environment = self.environment.borrow().clone();
+        let link = self.link.current();
+        let mut continuation = vec![0; 16];
+        rand::rng().fill_bytes(&mut continuation);
+        let same = common::hub::environment_hash(&prost::Message::encode_to_vec(&environment))
+            == hello.environment_hash;
+        proto::Welcome {
+            version: common::hub::PROTOCOL_VERSION,
+            session_epoch,
+            cluster_epoch: cluster_epoch.to_vec(),
+            now_ms,
+            continuation,
+            link: (link.version > hello.link_version).then_some(link),
+            environment: (!same).then_some(environment),
+            dead_after_ms: u32::try_from(self.dead_after.as_millis()).unwrap_or(u32::MAX),
+            max_frame: u32::try_from(common::hub::frame::MAX_FRAME).unwrap_or(u32::MAX),
+        }
+    }
+
+    /// Another cluster epoch, unless a colleague has begun one already.
+    async fn begin_epoch(&self, old: [u8; 16]) -> Option<[u8; 16]> {
+        warn!("the cluster is older than what an edge has seen: it was restored from a backup");
+        match self.epochs.begin(old).await {
+            Ok(new) => {
+                self.epoch.send_replace(new);
+                Some(new)
+            }
+            Err(error) => {
+                warn!(error = %chain(&error), "a new cluster epoch could not be begun");
+                None
+            }
+        }
+    }
+
+    fn answer(
+        self: &Arc<Self>,
+        upstream: &NodeUpstream,
+        entry: &SessionEntry,
+        request: proto::Request,
+    ) -> Answer {
+        let id = request.id;
+        let respond = move |body| {
+            Answered::Response(Box::new(proto::Response { id, body: Some(body) }))
+        };
+        match request.body {
+            Some(proto::request::Body::Token(ask)) => {
+                let given = upstream.token(ask);
+                Box::pin(async move { respond(given.await) })
+            }
+            Some(proto::request::Body::Renew(ask)) => {
+                let deps = self.clone();
+                let certificate = entry.connection.peer_certificates().first().map(|c| c.to_vec());
+                Box::pin(async move {
+                    respond(deps.renew(&certificate.unwrap_or_default(), &ask.csr).await)
+                })
+            }
+            None => Box::pin(async move {
+                respond(proto::response::Body::Failure(proto::Failure {
+                    message: "this CloudCore does not know that request".to_owned(),
+                    retry: false,
+                }))
+            }),
+        }
+    }
+
+    async fn renew(&self, certificate: &[u8], csr: &[u8]) -> proto::response::Body {
+        let renewed = match common::pki::NodeIdentity::from_certificate(certificate) {
+            Ok(identity) => {
+                self.enroller.renew(&identity, csr).await.map_err(|e| e.to_string())
+            }
+            Err(error) => Err(error.to_string()),
+        };
+        match renewed {
+            Ok(chain) => proto::response::Body::Renew(proto::RenewGiven {
+                chain: chain.iter().map(|c| c.to_vec()).collect(),
+            }),
+            Err(message) => {
+                proto::response::Body::Failure(proto::Failure { message, retry: true })
+            }
+        }
+    }
+}
+
+/// See the module.
+pub struct Hub {
+    listener: Listener,
+    deps: Arc<HubDeps>,
+}
+
+impl Hub {
+    pub fn build(listener: Listener, deps: Arc<HubDeps>) -> Self {
+        Self { listener, deps }
+    }
+
+    /// Until shutdown; then each session is told to come back, and gets a moment to hear it.
+    pub async fn run(mut self, shutdown: CancellationToken) {
+        let mut tasks = JoinSet::new();
+        let mut revocations = self.deps.enrolments.revocations();
+        loop {
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => break,
+                accepted = self.listener.accept() => match accepted {
+                    Accepted::Session(connection) => {
+                        tasks.spawn(session(connection, self.deps.clone(), shutdown.clone()));
+                    }
+                    Accepted::Join(stream) => {
+                        tasks.spawn(join(stream, self.deps.clone()));
+                    }
+                },
+                revoked = revocations.recv() => match revoked {
+                    Ok(node) => self.revoked(&node),
+                    // Too many at once: each session is checked by name.
+                    Err(_) => self.check_all(),
+                },
+                Some(_) = tasks.join_next(), if !tasks.is_empty() => {}
+            }
+        }
+        let all = async { while tasks.join_next().await.is_some() {} };
+        if tokio::time::timeout(DRAIN, all).await.is_err() {
+            debug!("some sessions did not take their goodbye");
+        }
+    }
+
+    fn revoked(&self, node: &NodeName) {
+        if let Some(entry) = self.deps.registry.get(node) {
+            entry.end(Ending {
+                reason: proto::GoAwayReason::GoAwayRevoked,
+                message: format!("the enrolment of node {node} was ended; join with a new token"),
+            });
+        }
+    }
+
+    fn check_all(&self) {
+        for entry in self.deps.registry.all() {
+            if self.deps.enrolments.find(&entry.node).is_none() {
+                self.revoked(&entry.node);
+            }
+        }
+    }
+}
+
+async fn session(
+    connection: common::hub::transport::Connection,
+    deps: Arc<HubDeps>,
+    shutdown: CancellationToken,
+) {
+    // The actor has said why it ended.
+    let _ = session::serve(connection, deps, shutdown).await;
+}
+
+async fn join(mut stream: JoinStream, deps: Arc<HubDeps>) {
+    let peer = stream.peer();
+    let request = match stream.request().await {
+        Ok(request) => request,
+        Err(error) => {
+            info!(%peer, error = %chain(&error), "a device did not finish joining");
+            return;
+        }
+    };
+    let answer = match deps.enroller.join(request, peer).await {
+        Ok(joined) => proto::join_answer::Answer::Joined(joined),
+        Err(refused) => proto::join_answer::Answer::Refused(refused),
+    };
+    let answer = proto::JoinAnswer { answer: Some(answer) };
+    if let Err(error) = stream.answer(answer).await {
+        info!(%peer, error = %chain(&error), "a device did not take its answer; it may ask again");
+    }
+}

@@ -1,0 +1,370 @@
+//! One edge's session: an actor that owns the connection, the claim on the node and the protocol's
+//! state machine.
+//!
+//! ```text
+//! admit (enrolled? not revoked?) -> lanes -> Hello -> claim the Lease -> Welcome -> serve -> end
+//! ```
+//!
+//! It ends when the link does, when its claim is lost, when a newer session of the node takes
+//! over, when the enrolment is ended, and when CloudCore drains.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, SystemTime};
+
+use common::hub::lanes::{LaneError, Lanes};
+use common::hub::proto::{self, GoAwayReason};
+use common::hub::session::cloud::{CloudEvent, CloudSession};
+use common::hub::session::{Marks, ProtocolError, behind};
+use common::hub::transport::Connection;
+use common::ids::{Kind, NodeName, ObjectKey};
+use common::pki::NodeIdentity;
+use common::telemetry::chain;
+use futures::stream::{FuturesUnordered, StreamExt};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use super::registry::{Ending, SessionEntry};
+use super::view::SessionView;
+use super::{Answer, HubDeps};
+use crate::downstream::{NodeFeed, NodeSnapshot};
+use crate::nodes::claim::Claim;
+use crate::upstream::NodeUpstream;
+
+/// From the connection to a Hello.
+const HELLO: Duration = Duration::from_secs(15);
+
+/// After an edge said that its disk is full.
+const COMMIT_AGAIN: Duration = Duration::from_secs(15);
+
+/// When the API server cannot list, the next try.
+const LIST_AGAIN: Duration = Duration::from_secs(2);
+
+/// Requests and Events of one session that are being answered. An edge that asks for more waits.
+const ANSWERING: usize = 64;
+
+/// A drained edge dials again somewhere within this, so that not all come at once.
+const DRAIN_SPREAD_MS: u32 = 3_000;
+
+/// Why a session was not begun or has ended.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    #[error("the certificate does not name a node")]
+    Identity(#[from] common::pki::PkiError),
+    #[error("the node may not have a session")]
+    NotAllowed(#[from] crate::enroll::NotAllowed),
+    #[error("the link failed")]
+    Lanes(#[from] LaneError),
+    #[error("the edge broke the protocol")]
+    Protocol(#[from] ProtocolError),
+    #[error("the node could not be claimed")]
+    Claim(#[from] crate::nodes::claim::ClaimError),
+    #[error("no Hello within {} s", HELLO.as_secs())]
+    NoHello,
+    #[error("the session was ended: {0}")]
+    Ended(String),
+}
+
+/// Runs one session to its end.
+pub async fn serve(
+    connection: Connection,
+    deps: Arc<HubDeps>,
+    shutdown: CancellationToken,
+) -> Result<(), SessionError> {
+    let certificate = connection.peer_certificates().first().map(|c| c.to_vec());
+    let identity = NodeIdentity::from_certificate(&certificate.unwrap_or_default())?;
+    let span = tracing::info_span!("session", node = %identity.node);
+    let result = tracing::Instrument::instrument(
+        admitted(&connection, &identity, &deps, shutdown),
+        span.clone(),
+    )
+    .await;
+    let _in = span.enter();
+    match &result {
+        Ok(()) => connection.close(0, "drained"),
+        Err(error) => {
+            info!(reason = %chain(error), "the session ended");
+            connection.close(1, "ended");
+        }
+    }
+    result
+}
+
+async fn admitted(
+    connection: &Connection,
+    identity: &NodeIdentity,
+    deps: &Arc<HubDeps>,
+    shutdown: CancellationToken,
+) -> Result<(), SessionError> {
+    let mut lanes = Lanes::accept(connection).await?;
+    if let Err(refusal) = deps.enrolments.allowed(identity).await {
+        warn!(peer = %connection.remote_address(), %refusal, "refused a session");
+        say_goodbye(&lanes, GoAwayReason::GoAwayRevoked, refusal.to_string()).await;
+        return Err(refusal.into());
+    }
+    let entry = deps.registry.enter(identity.node.clone(), connection.clone(), now_ms());
+    let result = begun(&mut lanes, identity, deps, &entry, shutdown).await;
+    deps.registry.leave(&entry);
+    result
+}
+
+async fn begun(
+    lanes: &mut Lanes,
+    identity: &NodeIdentity,
+    deps: &Arc<HubDeps>,
+    entry: &Arc<SessionEntry>,
+    shutdown: CancellationToken,
+) -> Result<(), SessionError> {
+    let (lane, hello) = tokio::time::timeout(HELLO, lanes.recv())
+        .await
+        .map_err(|_| SessionError::NoHello)??;
+    debug!(?lane, "greeted");
+    let claim = deps.claims.claim(&identity.node).await?;
+    let claim = Arc::new(claim);
+    entry.epoch.store(claim.epoch(), Ordering::Relaxed);
+    deps.enroller.first_session(identity).await;
+    let upstream = deps.upstream.node(identity.node.clone(), claim.clone());
+    let feed = deps.downstream.feed(&identity.node);
+    let mut actor = Actor {
+        node: identity.node.clone(),
+        snapshot: feed.snapshot(),
+        feed,
+        epoch: *deps.epoch.borrow(),
+        session: CloudSession::default(),
+        lanes,
+        upstream,
+        claim,
+        answers: FuturesUnordered::new(),
+        entry,
+        deps,
+        retry: None,
+    };
+    actor.handle(*hello)?;
+    actor.run(shutdown).await
+}
+
+struct Actor<'a> {
+    node: NodeName,
+    feed: NodeFeed,
+    snapshot: NodeSnapshot,
+    epoch: [u8; 16],
+    session: CloudSession,
+    lanes: &'a mut Lanes,
+    upstream: NodeUpstream,
+    claim: Arc<Claim>,
+    answers: FuturesUnordered<Answer>,
+    entry: &'a Arc<SessionEntry>,
+    deps: &'a Arc<HubDeps>,
+    /// When an edge or the API server could not, the next try.
+    retry: Option<tokio::time::Instant>,
+}
+
+/// What a finished answer brings.
+pub enum Answered {
+    Events(u64),
+    Response(Box<proto::Response>),
+    Listed { committed: Marks, marks: Option<Marks>, epoch: [u8; 16] },
+}
+
+impl Actor<'_> {
+    async fn run(&mut self, shutdown: CancellationToken) -> Result<(), SessionError> {
+        let mut ending = self.entry.ending();
+        let lost = self.claim.lost();
+        loop {
+            self.flush()?;
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => {
+                    let spread = rand::random::<u32>() % DRAIN_SPREAD_MS;
+                    self.say(GoAwayReason::GoAwayDraining, "this CloudCore is stopping", spread)
+                        .await;
+                    return Ok(());
+                }
+                Ok(told) = ending.wait_for(Option::is_some) => {
+                    let Ending { reason, message } = told.clone().unwrap_or_else(|| Ending {
+                        reason: GoAwayReason::GoAwayUnspecified,
+                        message: String::new(),
+                    });
+                    self.say(reason, &message, 0).await;
+                    return Err(SessionError::Ended(message));
+                }
+                () = lost.cancelled() => {
+                    let message = "this CloudCore lost its hold of the node's Lease";
+                    self.say(GoAwayReason::GoAwayLostClaim, message, 0).await;
+                    return Err(SessionError::Ended(message.to_owned()));
+                }
+                received = self.lanes.recv(), if self.answers.len() < ANSWERING => {
+                    let (_, message) = received?;
+                    self.handle(*message)?;
+                }
+                Some(answered) = self.answers.next(), if !self.answers.is_empty() => {
+                    self.answered(answered);
+                }
+                acked = self.upstream.acked() => {
+                    let acks = acked.into_iter().map(|a| (a.key, a.seq, false));
+                    self.session.ack_reports(acks);
+                }
+                () = self.feed.changed() => {
+                    self.snapshot = self.feed.snapshot();
+                    self.with_view(|session, view| session.pump(view));
+                }
+                () = at(self.retry) => {
+                    self.retry = None;
+                    self.snapshot = self.feed.snapshot();
+                    self.with_view(|session, view| session.resume(view));
+                }
+            }
+        }
+    }
+
+    fn with_view<R>(&mut self, act: impl FnOnce(&mut CloudSession, &SessionView<'_>) -> R) -> R {
+        let view = SessionView {
+            snapshot: &self.snapshot,
+            epoch: self.epoch,
+            upstream: &self.upstream,
+        };
+        act(&mut self.session, &view)
+    }
+
+    fn handle(&mut self, message: proto::Message) -> Result<(), ProtocolError> {
+        self.with_view(|session, view| session.handle(message, view))
+    }
+
+    /// Acts on what the machine says and queues what it wants sent.
+    fn flush(&mut self) -> Result<(), LaneError> {
+        while let Some(event) = self.session.poll_event() {
+            self.act(event);
+        }
+        while let Some((lane, message)) = self.session.poll_message() {
+            self.lanes.send(lane, &message)?;
+        }
+        self.entry.queued_bytes.store(self.lanes.queued(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn act(&mut self, event: CloudEvent) {
+        match event {
+            CloudEvent::Greeted(hello) => {
+                let version = &self.entry.agent_version;
+                *version.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
+                    hello.agent_version.chars().take(64).collect();
+                self.upstream.incarnation(self.session.incarnation());
+                let welcome = self.deps.welcome(&hello, self.claim.epoch(), self.epoch, now_ms());
+                self.session.welcome(welcome);
+            }
+            CloudEvent::Live => info!(epoch = self.claim.epoch(), "the session is live"),
+            CloudEvent::Behind { committed } => self.list_again(committed),
+            CloudEvent::EdgeCannotCommit => {
+                warn!("the edge's store cannot commit; its disk may be full");
+                self.retry = Some(tokio::time::Instant::now() + COMMIT_AGAIN);
+            }
+            CloudEvent::InSync => {
+                self.entry.in_sync.store(now_ms(), Ordering::Relaxed);
+            }
+            CloudEvent::Report { key, sequence, bytes, gone } => {
+                self.report(key, sequence, bytes, gone);
+            }
+            CloudEvent::Events(events) => {
+                let done = self.upstream.events(events);
+                self.answers.push(Box::pin(async move { Answered::Events(done.await) }));
+            }
+            CloudEvent::Asked(request) => {
+                let answer = self.deps.answer(&self.node, &self.upstream, self.entry, request);
+                self.answers.push(answer);
+            }
+        }
+    }
+
+    fn report(&mut self, key: ObjectKey, sequence: u64, bytes: Arc<[u8]>, gone: bool) {
+        match key.kind {
+            Kind::Pod => self.upstream.pod_report(key, sequence, bytes, gone),
+            Kind::Node => self.upstream.node_report(sequence, bytes),
+            Kind::ConfigMap | Kind::Secret | Kind::Services | Kind::Unknown(_) => {
+                // A kind of a later version: acknowledged, or it would come again for ever.
+                self.session.ack_reports([(key, sequence, false)]);
+            }
+        }
+    }
+
+    fn list_again(&mut self, committed: Marks) {
+        info!(?committed, "the edge has seen more than this replica; listing again");
+        let (downstream, node) = (self.deps.downstream.clone(), self.node.clone());
+        let deps = self.deps.clone();
+        let epoch = self.epoch;
+        self.answers.push(Box::pin(async move {
+            let marks = match downstream.consistent(&node).await {
+                Ok(marks) => marks,
+                Err(error) => {
+                    warn!(error = %chain(&error), "the API server could not be listed");
+                    return Answered::Listed { committed, marks: None, epoch };
+                }
+            };
+            let epoch = if behind(&marks, &committed).is_some() {
+                deps.begin_epoch(epoch).await.unwrap_or(epoch)
+            } else {
+                epoch
+            };
+            Answered::Listed { committed, marks: Some(marks), epoch }
+        }));
+    }
+
+    fn answered(&mut self, answered: Answered) {
+        match answered {
+            Answered::Events(sequence) => self.session.ack_events(sequence),
+            Answered::Response(response) => self.session.respond(*response),
+            Answered::Listed { committed, marks: None, .. } => {
+                let (downstream, node) = (self.deps.downstream.clone(), self.node.clone());
+                let epoch = self.epoch;
+                self.answers.push(Box::pin(async move {
+                    tokio::time::sleep(LIST_AGAIN).await;
+                    let marks = downstream.consistent(&node).await.ok();
+                    Answered::Listed { committed, marks, epoch }
+                }));
+            }
+            Answered::Listed { marks: Some(_), epoch, .. } => {
+                self.epoch = epoch;
+                self.snapshot = self.feed.snapshot();
+                self.with_view(|session, view| session.listed(view));
+            }
+        }
+    }
+
+    async fn say(&mut self, reason: GoAwayReason, message: &str, retry_after_ms: u32) {
+        let mut go = proto::GoAway {
+            message: message.to_owned(),
+            retry_after_ms,
+            ..Default::default()
+        };
+        go.set_reason(reason);
+        self.session.go_away(go);
+        // A link that cannot take it is closed all the same.
+        let _ = self.flush();
+        settle().await;
+    }
+}
+
+/// A moment for the last words to leave before the connection is closed.
+async fn settle() {
+    tokio::time::sleep(Duration::from_millis(100)).await;
+}
+
+async fn say_goodbye(lanes: &Lanes, reason: GoAwayReason, message: String) {
+    let mut go = proto::GoAway { message, ..Default::default() };
+    go.set_reason(reason);
+    let message = proto::Message { body: Some(proto::message::Body::GoAway(go)) };
+    // The peer may be gone already.
+    let _ = lanes.send(common::hub::Lane::Control, &message);
+    settle().await;
+}
+
+async fn at(when: Option<tokio::time::Instant>) {
+    match when {
+        Some(when) => tokio::time::sleep_until(when).await,
+        None => std::future::pending().await,
+    }
+}
+
+pub fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    since.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+}

@@ -1,0 +1,149 @@
+//! What an operator sets: flags over environment variables over the file over defaults.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use common::hub::dial::Preference;
+use serde::Deserialize;
+
+use crate::cli::RunArgs;
+
+/// The file's keys, one for each flag and a few that have none.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "camelCase")]
+pub struct File {
+    pub join: Option<String>,
+    pub token: Option<String>,
+    pub name: Option<String>,
+    pub cri: Option<String>,
+    pub data_dir: Option<PathBuf>,
+    pub transport: Option<String>,
+    pub admin: Option<PathBuf>,
+    pub log: Option<String>,
+    pub log_json: Option<bool>,
+    /// The range of this node's Pods, CIDR.
+    pub pod_cidr: Option<String>,
+    pub cni_config_dir: Option<PathBuf>,
+    pub cni_bin_dir: Option<PathBuf>,
+    /// Seconds of silence after which the link counts as dead.
+    pub dead_after_seconds: Option<u64>,
+    /// Where the runtime writes container logs.
+    pub pod_logs_dir: Option<PathBuf>,
+}
+
+/// Everything decided.
+#[derive(Debug)]
+pub struct Config {
+    pub join: Option<String>,
+    pub token: Option<String>,
+    pub name: Option<String>,
+    pub cri: PathBuf,
+    pub data_dir: PathBuf,
+    pub transport: Preference,
+    pub admin: PathBuf,
+    pub log: String,
+    pub log_json: bool,
+    pub pod_cidr: Option<String>,
+    pub cni_config_dir: PathBuf,
+    pub cni_bin_dir: Option<PathBuf>,
+    pub dead_after: Duration,
+    pub pod_logs_dir: PathBuf,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error(transparent)]
+    File(#[from] common::config::ConfigError),
+    #[error("--cri {0:?} is not a Unix socket: give it as unix:///run/containerd/containerd.sock")]
+    Cri(String),
+    #[error("--transport {0:?} is not one of auto, quic, websocket")]
+    Transport(String),
+    #[error("deadAfterSeconds is {0}; it must be between 5 and 3600")]
+    DeadAfter(u64),
+}
+
+/// Noticed within this; see the hub's deadlines.
+const DEAD_AFTER_SECONDS: u64 = 45;
+
+impl Config {
+    pub fn resolve(args: RunArgs) -> Result<Self, ConfigError> {
+        let file = match &args.config {
+            Some(path) => common::config::load::<File>(path)?,
+            None => File::default(),
+        };
+        let data_dir = args
+            .data_dir
+            .or(file.data_dir)
+            .unwrap_or_else(|| PathBuf::from("/var/lib/edgecore"));
+        let cri = args
+            .cri
+            .or(file.cri)
+            .unwrap_or_else(|| "unix:///run/containerd/containerd.sock".to_owned());
+        let transport = args.transport.or(file.transport).unwrap_or_else(|| "auto".to_owned());
+        let dead_after = file.dead_after_seconds.unwrap_or(DEAD_AFTER_SECONDS);
+        if !(5..=3600).contains(&dead_after) {
+            return Err(ConfigError::DeadAfter(dead_after));
+        }
+        Ok(Self {
+            join: args.join.or(file.join),
+            token: args.token.or(file.token),
+            name: args.name.or(file.name),
+            cri: socket(&cri)?,
+            transport: choice(&transport)?,
+            admin: args.admin.or(file.admin).unwrap_or_else(|| data_dir.join("admin.sock")),
+            log: args.log.or(file.log).unwrap_or_else(|| "info".to_owned()),
+            log_json: file.log_json.unwrap_or(false),
+            pod_cidr: file.pod_cidr,
+            cni_config_dir: file.cni_config_dir.unwrap_or_else(|| "/etc/cni/net.d".into()),
+            cni_bin_dir: file.cni_bin_dir,
+            dead_after: Duration::from_secs(dead_after),
+            pod_logs_dir: file.pod_logs_dir.unwrap_or_else(|| "/var/log/pods".into()),
+            data_dir,
+        })
+    }
+}
+
+fn socket(text: &str) -> Result<PathBuf, ConfigError> {
+    let path = text.strip_prefix("unix://").unwrap_or(text);
+    if path.starts_with('/') {
+        Ok(path.into())
+    } else {
+        Err(ConfigError::Cri(text.to_owned()))
+    }
+}
+
+fn choice(text: &str) -> Result<Preference, ConfigError> {
+    match text {
+        "auto" => Ok(Preference::Auto),
+        "quic" => Ok(Preference::Quic),
+        "websocket" => Ok(Preference::WebSocket),
+        other => Err(ConfigError::Transport(other.to_owned())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_win_over_the_file_and_the_file_over_defaults() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("edge.yaml");
+        std::fs::write(&path, "name: from-file\ncri: unix:///run/x.sock\ntransport: quic\n").unwrap();
+        let args = RunArgs { config: Some(path), name: Some("from-flag".into()), ..Default::default() };
+        let config = Config::resolve(args).unwrap();
+        assert_eq!(config.name.as_deref(), Some("from-flag"));
+        assert_eq!(config.cri, PathBuf::from("/run/x.sock"));
+        assert_eq!(config.transport, Preference::Quic);
+        assert_eq!(config.data_dir, PathBuf::from("/var/lib/edgecore"));
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_with_a_sentence() {
+        let bad = |args: RunArgs| Config::resolve(args).unwrap_err().to_string();
+        let cri = RunArgs { cri: Some("tcp://1.2.3.4".into()), ..Default::default() };
+        assert!(bad(cri).contains("is not a Unix socket"));
+        let transport = RunArgs { transport: Some("pigeon".into()), ..Default::default() };
+        assert!(bad(transport).contains("auto, quic, websocket"));
+    }
+}

@@ -1,0 +1,209 @@
+//! The way to the cloud: always dialled from here, always dialled again.
+//!
+//! ```text
+//! Offline --dial--> Session --ends--> Offline (waits: jittered, doubling, reset by a session in
+//!                                              which the cloud proved itself)
+//! ```
+//!
+//! Owns the connection and what is asked over it. Pods never wait for it.
+
+pub mod clock;
+pub mod identity;
+pub mod session;
+pub mod state;
+pub mod tokens;
+
+use std::time::Duration;
+
+use common::backoff::Backoff;
+use common::hub::dial::{self, DialError, DialOptions, Preference, Target};
+use common::hub::proto::{self, GoAwayReason};
+use common::hub::tls::ClientIdentity;
+use common::hub::transport::{Connection, LinkConfig, TransportKind};
+use common::telemetry::chain;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use crate::join;
+use crate::store::Store;
+use crate::store::desired::Desired;
+use crate::store::events::Events;
+use crate::store::reports::Reports;
+use identity::{Identity, IdentityError, Renewal};
+use session::{SessionDeps, SessionEnd, kept};
+use state::{Facts, StoreState};
+use tokens::Ask;
+
+/// The first wait after a lost link: a router that restarts is back within a minute, a dropped
+/// connection at once.
+const FIRST_WAIT: Duration = Duration::from_millis(400);
+
+/// A device that was out for days is back within half a minute of its link.
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
+
+/// A cloud that says that it does not want this device is asked this often.
+const UNWANTED_WAIT: Duration = Duration::from_secs(300);
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+enum LinkError {
+    #[error("the link record of this device is damaged; join again with a new token")]
+    Link(#[from] common::pki::PkiError),
+    #[error(transparent)]
+    Dial(#[from] DialError),
+}
+
+/// Keep-alives that notice a dead link in time: two fit into the deadline.
+fn link_config(dead_after: Duration) -> LinkConfig {
+    let usual = LinkConfig::default();
+    LinkConfig {
+        keep_alive: usual.keep_alive.min(dead_after / 2),
+        ping_every: usual.ping_every.min(dead_after.mul_f64(0.45)),
+        dead_after,
+        ..usual
+    }
+}
+
+/// What the task is made of.
+pub struct Deps {
+    pub store: Store,
+    pub incarnation: [u8; 16],
+    pub desired: Desired,
+    pub reports: Reports,
+    pub events: Events,
+    pub asks: mpsc::Receiver<Ask>,
+    pub connected: watch::Sender<bool>,
+    pub environment: watch::Sender<Option<proto::NodeEnvironment>>,
+    pub transport: Preference,
+    pub dead_after: Duration,
+}
+
+/// See the module.
+pub struct Task {
+    deps: Deps,
+    backoff: Backoff,
+    remembered: Option<TransportKind>,
+}
+
+impl Task {
+    pub fn build(deps: Deps) -> Self {
+        Self { deps, backoff: Backoff::new(FIRST_WAIT, LONGEST_WAIT), remembered: None }
+    }
+
+    /// Until shutdown.
+    pub async fn run(mut self, shutdown: CancellationToken) {
+        loop {
+            let wait = tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return,
+                wait = self.once(&shutdown) => wait,
+            };
+            debug!(?wait, "dialling again after a wait");
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return,
+                () = tokio::time::sleep(wait) => {}
+            }
+        }
+    }
+
+    /// One dial and, if it succeeds, one session. Gives the wait before the next.
+    async fn once(&mut self, shutdown: &CancellationToken) -> Duration {
+        let identity = match Identity::load(&self.deps.store) {
+            Ok(Some(identity)) => identity,
+            Ok(None) => return UNWANTED_WAIT,
+            Err(error) => return self.lost(&error),
+        };
+        if identity.expired(&self.deps.store) {
+            info!(node = %identity.node, "the certificate has run out; asking for another");
+            if let Err(error) = join::again(&self.deps.store, &identity).await {
+                return self.lost(&error);
+            }
+            return Duration::ZERO;
+        }
+        let connection = match self.dial(&identity).await {
+            Ok(connection) => connection,
+            Err(error) => return self.lost(&error),
+        };
+        info!(transport = %connection.kind(), remote = %connection.remote_address(), "connected");
+        self.remembered = Some(connection.kind());
+        let mut renewal = Renewal::new(self.deps.store.clone(), &identity);
+        let state = match self.state(&identity) {
+            Ok(state) => state,
+            Err(error) => return self.lost(&error),
+        };
+        let deps = SessionDeps {
+            store: &self.deps.store,
+            state,
+            asks: &mut self.deps.asks,
+            connected: &self.deps.connected,
+            environment: &self.deps.environment,
+            renewal: &mut renewal,
+            shutdown,
+        };
+        let (end, proved) = session::run(&connection, deps).await;
+        if proved {
+            self.backoff.reset();
+        }
+        self.ended(end)
+    }
+
+    async fn dial(&self, identity: &Identity) -> Result<Connection, LinkError> {
+        let target = Target::from_link(&identity.link)?;
+        let shown =
+            ClientIdentity { chain: identity.chain.clone(), key: identity.key.private_key() };
+        let options = DialOptions {
+            preference: self.deps.transport,
+            remembered: self.remembered,
+            link: link_config(self.deps.dead_after),
+            ..DialOptions::new(identity::dial_clock(&self.deps.store))
+        };
+        Ok(dial::dial(&target, &shown, &options).await?)
+    }
+
+    fn state(&self, identity: &Identity) -> Result<StoreState, IdentityError> {
+        let meta = self.deps.store.meta();
+        let environment = meta.get(kept::ENVIRONMENT)?.unwrap_or_default();
+        Ok(StoreState {
+            desired: self.deps.desired.clone(),
+            reports: self.deps.reports.clone(),
+            events: self.deps.events.clone(),
+            facts: Facts {
+                incarnation: self.deps.incarnation,
+                continuation: meta.get(kept::CONTINUATION)?.unwrap_or_default(),
+                link_version: identity.link.version,
+                boot_id: clock::boot_id(),
+                clock_synchronised: clock::synchronised(),
+                environment_hash: common::hub::environment_hash(&environment),
+            },
+        })
+    }
+
+    fn lost(&mut self, error: &dyn std::error::Error) -> Duration {
+        let wait = self.backoff.next_wait(rand::random());
+        warn!(error = %chain(error), retry_in = ?wait, "no session with the cloud");
+        wait
+    }
+
+    fn ended(&mut self, end: SessionEnd) -> Duration {
+        match end {
+            SessionEnd::Stopping | SessionEnd::Renewed => Duration::ZERO,
+            SessionEnd::GoAway { reason, message, retry_after } => {
+                warn!(?reason, message, "the cloud ended the session");
+                let least = match reason {
+                    GoAwayReason::GoAwayRevoked | GoAwayReason::GoAwayQuarantined => UNWANTED_WAIT,
+                    GoAwayReason::GoAwayUnspecified
+                    | GoAwayReason::GoAwayDraining
+                    | GoAwayReason::GoAwayReplaced
+                    | GoAwayReason::GoAwayProtocolError
+                    | GoAwayReason::GoAwayLostClaim => Duration::ZERO,
+                };
+                least.max(retry_after).max(self.backoff.next_wait(rand::random()))
+            }
+            SessionEnd::Lanes(_) | SessionEnd::Protocol(_) | SessionEnd::Store(_) => {
+                self.lost(&end)
+            }
+        }
+    }
+}

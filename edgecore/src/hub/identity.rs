@@ -1,0 +1,242 @@
+//! Who this device is to its cloud: a key that never leaves it, a certificate, and where the cloud
+//! is found. Owns these records of the store.
+//!
+//! A key is committed before anything is asked for it, so that a lost answer can be asked for
+//! again; the old key stays in force until the new certificate is committed.
+
+use std::time::Duration;
+
+use common::hub::proto;
+use common::hub::tls::Clock;
+use common::ids::NodeName;
+use common::pki::{NodeIdentity, NodeKey, PkiError, Validity, rotation_due};
+use common::telemetry::chain;
+use prost::Message as _;
+use rustls_pki_types::{CertificateDer, UnixTime};
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use super::clock;
+use super::session::kept;
+use crate::store::{Store, StoreError};
+
+mod names {
+    pub(super) const KEY: &str = "identity.key";
+    pub(super) const CHAIN: &str = "identity.chain";
+    pub(super) const NODE: &str = "identity.node";
+    pub(super) const TOKEN: &str = "identity.token";
+    pub(super) const NEXT_KEY: &str = "identity.next-key";
+    pub(super) const TIME: &str = "identity.authenticated-ms";
+}
+
+/// After a failed renewal: there are weeks left.
+const RENEW_AGAIN: Duration = Duration::from_secs(600);
+
+/// A device sleeps between looks at a date that is weeks away.
+const LOOK_AGAIN: Duration = Duration::from_secs(6 * 3600);
+
+#[derive(Debug, thiserror::Error)]
+pub enum IdentityError {
+    #[error("the device's identity cannot be read from its data directory")]
+    Store(#[from] StoreError),
+    #[error("the device's {0} in its data directory is damaged; join again with a new token")]
+    Damaged(&'static str, #[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("the device's certificate or key was refused")]
+    Pki(#[from] PkiError),
+}
+
+fn damaged(
+    what: &'static str,
+) -> impl FnOnce(Box<dyn std::error::Error + Send + Sync>) -> IdentityError {
+    move |e| IdentityError::Damaged(what, e)
+}
+
+/// A device that has joined.
+pub struct Identity {
+    pub node: NodeName,
+    pub key: NodeKey,
+    /// Leaf first.
+    pub chain: Vec<CertificateDer<'static>>,
+    pub says: NodeIdentity,
+    pub link: proto::Link,
+}
+
+impl Identity {
+    /// What a former start left; `None` on a device that never joined.
+    pub fn load(store: &Store) -> Result<Option<Self>, IdentityError> {
+        let meta = store.meta();
+        let (Some(key), Some(chain), Some(link)) =
+            (meta.get(names::KEY)?, meta.get(names::CHAIN)?, meta.get(kept::LINK)?)
+        else {
+            return Ok(None);
+        };
+        let key = NodeKey::from_pkcs8(&key)?;
+        let chain = proto::RenewGiven::decode(&chain[..])
+            .map_err(|e| damaged("certificate")(e.into()))?
+            .chain;
+        let link =
+            proto::Link::decode(&link[..]).map_err(|e| damaged("link record")(e.into()))?;
+        let leaf = chain.first().ok_or_else(|| damaged("certificate")("it is empty".into()))?;
+        let says = NodeIdentity::from_certificate(leaf)?;
+        Ok(Some(Self {
+            node: says.node.clone(),
+            key,
+            chain: chain.into_iter().map(CertificateDer::from).collect(),
+            says,
+            link,
+        }))
+    }
+
+    /// Whether the certificate has run out, as far as this device can tell the time.
+    pub fn expired(&self, store: &Store) -> bool {
+        u128::from(self.says.not_after.as_secs()) * 1000 < u128::from(now_ms(store))
+    }
+}
+
+/// The key of this device, made and committed at the first call.
+pub fn ensure_key(store: &Store) -> Result<NodeKey, IdentityError> {
+    let meta = store.meta();
+    if let Some(key) = meta.get(names::KEY)? {
+        return Ok(NodeKey::from_pkcs8(&key)?);
+    }
+    let key = NodeKey::generate()?;
+    meta.put(names::KEY, &key.to_pkcs8())?;
+    Ok(key)
+}
+
+/// The id of the token that this device joined with.
+pub fn joined_with(store: &Store) -> Result<Option<String>, IdentityError> {
+    let id = store.meta().get(names::TOKEN)?;
+    Ok(id.map(|id| String::from_utf8_lossy(&id).into_owned()))
+}
+
+/// The cloud let this device in: all of it in one commit.
+pub fn keep_joined(
+    store: &Store,
+    token: Option<&str>,
+    joined: &proto::Joined,
+) -> Result<(), IdentityError> {
+    let chain = proto::RenewGiven { chain: joined.chain.clone() }.encode_to_vec();
+    let link = joined.link.clone().unwrap_or_default().encode_to_vec();
+    let time = joined.now_ms.to_be_bytes();
+    let mut values: Vec<(&str, &[u8])> = vec![
+        (names::CHAIN, &chain),
+        (names::NODE, joined.node_name.as_bytes()),
+        (names::TIME, &time),
+        (kept::LINK, &link),
+    ];
+    if let Some(token) = token {
+        values.push((names::TOKEN, token.as_bytes()));
+    }
+    Ok(store.meta().put_all(&values)?)
+}
+
+/// The cloud's clock was seen over an authenticated session.
+pub fn keep_time(store: &Store, now_ms: u64) {
+    if let Err(error) = store.meta().put(names::TIME, &now_ms.to_be_bytes()) {
+        warn!(error = %chain(&error), "the cloud's time could not be kept");
+    }
+}
+
+/// The last time that the cloud told, milliseconds since 1970; 0 when it never did.
+pub fn authenticated_ms(store: &Store) -> u64 {
+    let kept = store.meta().get(names::TIME).ok().flatten();
+    kept.and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes)
+}
+
+/// The best this device knows of the time: its clock where that is kept right, else the latest
+/// time that the cloud told.
+pub fn now_ms(store: &Store) -> u64 {
+    if clock::synchronised() {
+        clock::wall_seconds() * 1000
+    } else {
+        authenticated_ms(store)
+    }
+}
+
+/// What this device's clock is worth when it judges the cloud's certificate.
+pub fn dial_clock(store: &Store) -> Clock {
+    if clock::synchronised() {
+        Clock::Synchronised(UnixTime::since_unix_epoch(Duration::from_secs(clock::wall_seconds())))
+    } else {
+        let told = authenticated_ms(store);
+        let time = UnixTime::since_unix_epoch(Duration::from_millis(told));
+        Clock::Unsynchronised((told > 0).then_some(time))
+    }
+}
+
+/// When and how the certificate is renewed over the session.
+pub struct Renewal {
+    store: Store,
+    due_ms: u64,
+    not_before: Instant,
+}
+
+impl Renewal {
+    pub fn new(store: Store, identity: &Identity) -> Self {
+        let validity = Validity {
+            not_before: identity.says.not_before,
+            not_after: identity.says.not_after,
+        };
+        let due_ms = rotation_due(validity, rand::random()).as_secs() * 1000;
+        Self { store, due_ms, not_before: Instant::now() }
+    }
+
+    /// Waits until the certificate is between 70 and 80 percent of its life, then gives what to
+    /// ask. Cancel safe.
+    pub async fn due(&mut self) -> proto::RenewAsk {
+        loop {
+            tokio::time::sleep_until(self.not_before).await;
+            let left = Duration::from_millis(self.due_ms.saturating_sub(now_ms(&self.store)));
+            if !left.is_zero() {
+                self.not_before = Instant::now() + left.min(LOOK_AGAIN);
+                continue;
+            }
+            self.not_before = Instant::now() + RENEW_AGAIN;
+            match self.request() {
+                Ok(csr) => return proto::RenewAsk { csr },
+                Err(error) => {
+                    warn!(error = %chain(&error), "the certificate could not be renewed");
+                }
+            }
+        }
+    }
+
+    fn request(&self) -> Result<Vec<u8>, IdentityError> {
+        let meta = self.store.meta();
+        let key = match meta.get(names::NEXT_KEY)? {
+            Some(key) => NodeKey::from_pkcs8(&key)?,
+            None => {
+                let key = NodeKey::generate()?;
+                meta.put(names::NEXT_KEY, &key.to_pkcs8())?;
+                key
+            }
+        };
+        Ok(key.request()?)
+    }
+
+    /// Takes the answer; true when a new certificate is in force.
+    pub fn answered(&mut self, response: proto::Response) -> Result<bool, StoreError> {
+        let given = match response.body {
+            Some(proto::response::Body::Renew(given)) => given,
+            Some(proto::response::Body::Failure(failure)) => {
+                warn!(problem = failure.message, "the cloud did not renew the certificate");
+                return Ok(false);
+            }
+            Some(proto::response::Body::Token(_)) | None => return Ok(false),
+        };
+        let meta = self.store.meta();
+        let Some(key) = meta.get(names::NEXT_KEY)? else { return Ok(false) };
+        let fits = NodeKey::from_pkcs8(&key).ok().zip(given.chain.first()).is_some_and(|(k, c)| {
+            NodeIdentity::from_certificate(c).is_ok_and(|says| says.key_id == k.id())
+        });
+        if !fits {
+            warn!("the cloud's new certificate is not for this device's key; it is not used");
+            return Ok(false);
+        }
+        meta.put_all(&[(names::KEY, &key), (names::CHAIN, &given.encode_to_vec())])?;
+        meta.remove(names::NEXT_KEY)?;
+        info!("the certificate was renewed");
+        Ok(true)
+    }
+}

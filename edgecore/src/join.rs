@@ -1,0 +1,176 @@
+//! The first start: a token and a name become an identity. Idempotent: the key is committed before
+//! the cloud is asked, and the same key may ask again with the same token.
+
+use common::hub::dial::{DialError, DialOptions, JoinOutcome, Target, join as ask};
+use common::hub::proto::{self, RefusalCode};
+use common::hub::tls::Clock;
+use common::hub::transport::TransportError;
+use common::ids::{NameError, NodeName};
+use common::pki::token::Endpoint;
+use common::pki::{JoinToken, PkiError, TokenError};
+use tracing::info;
+
+use crate::hub::identity::{self, IdentityError};
+use crate::store::Store;
+
+/// Why a device could not join; each with its own exit code.
+#[derive(Debug, thiserror::Error)]
+pub enum JoinError {
+    #[error("this device has not joined a cloud: start it with --join HOST:PORT --token TOKEN, as `cloudcore token create` prints it")]
+    NeverJoined,
+    #[error("--join {0:?} is not HOST:PORT")]
+    Address(String),
+    #[error("--join needs --token: make one with `cloudcore token create`")]
+    NoToken,
+    #[error(transparent)]
+    Token(#[from] TokenError),
+    #[error(transparent)]
+    Name(#[from] NameError),
+    #[error("the name of this device, {0:?}, cannot be a node's: give one with --name")]
+    HostName(String),
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    #[error("this device has not joined")]
+    Dial(#[from] DialError),
+    #[error("the link record of this device is damaged; join again with a new token")]
+    Link(#[source] PkiError),
+    #[error("the cloud refused: {message}")]
+    Refused { code: RefusalCode, message: String },
+}
+
+impl JoinError {
+    /// What the process exits with, so that scripts can tell the refusals apart. The table is in
+    /// `docs/operations/join.md`.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            JoinError::NeverJoined | JoinError::NoToken => 2,
+            JoinError::Address(_) | JoinError::Name(_) | JoinError::HostName(_) => 3,
+            JoinError::Token(_) => 4,
+            JoinError::Identity(_) | JoinError::Link(_) => 5,
+            JoinError::Dial(error) => match error.most_telling() {
+                Some(TransportError::Trust(_)) => 7,
+                Some(_) | None => 6,
+            },
+            JoinError::Refused { code, .. } => {
+                20 + u8::try_from(i32::from(*code)).unwrap_or_default()
+            }
+        }
+    }
+}
+
+/// What the command line asks for.
+pub struct Join<'a> {
+    pub address: &'a str,
+    pub token: Option<&'a str>,
+    pub name: Option<&'a str>,
+}
+
+/// Enrols this device if it has not joined with this token yet.
+pub async fn ensure(store: &Store, join: Option<Join<'_>>) -> Result<(), JoinError> {
+    let joined = identity::Identity::load(store)?;
+    let Some(join) = join else {
+        return joined.map(drop).ok_or(JoinError::NeverJoined);
+    };
+    let token = match (join.token, &joined) {
+        (Some(text), _) => JoinToken::parse(text)?,
+        (None, Some(_)) => return Ok(()),
+        (None, None) => return Err(JoinError::NoToken),
+    };
+    if joined.is_some() && identity::joined_with(store)?.as_deref() == Some(&token.id) {
+        return Ok(());
+    }
+    let name = match (join.name, &joined) {
+        (Some(name), _) => NodeName::parse(name)?,
+        (None, Some(joined)) => joined.node.clone(),
+        (None, None) => host_name()?,
+    };
+    enrol(store, join.address, token, &name).await
+}
+
+async fn enrol(
+    store: &Store,
+    address: &str,
+    mut token: JoinToken,
+    name: &NodeName,
+) -> Result<(), JoinError> {
+    // The address given is tried first; the token may know others.
+    token.endpoints.insert(0, endpoint(address)?);
+    let key = identity::ensure_key(store)?;
+    let request = proto::JoinRequest {
+        version: common::hub::PROTOCOL_VERSION,
+        token_id: token.id.clone(),
+        token_secret: token.secret.bytes().to_vec(),
+        node_name: name.to_string(),
+        csr: key.request().map_err(IdentityError::from)?,
+        agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+        os: std::env::consts::OS.to_owned(),
+        arch: go_arch().to_owned(),
+        expired_certificate: Vec::new(),
+    };
+    // A device without a clock can join: chain, pin and name decide alone.
+    let options = DialOptions::new(Clock::Unsynchronised(None));
+    let joined = take(ask(&Target::from_token(&token), &request, &options).await?)?;
+    identity::keep_joined(store, Some(&token.id), &joined)?;
+    info!(node = joined.node_name, "this device has joined");
+    Ok(())
+}
+
+/// Asks for a new certificate for the same key after the last one ran out: no token is needed
+/// within the cloud's grace.
+pub async fn again(store: &Store, identity: &identity::Identity) -> Result<(), JoinError> {
+    let request = proto::JoinRequest {
+        version: common::hub::PROTOCOL_VERSION,
+        node_name: identity.node.to_string(),
+        csr: identity.key.request().map_err(IdentityError::from)?,
+        agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+        os: std::env::consts::OS.to_owned(),
+        arch: go_arch().to_owned(),
+        expired_certificate: identity.chain.first().map(|c| c.to_vec()).unwrap_or_default(),
+        ..Default::default()
+    };
+    let target = Target::from_link(&identity.link).map_err(JoinError::Link)?;
+    let options = DialOptions::new(identity::dial_clock(store));
+    let joined = take(ask(&target, &request, &options).await?)?;
+    identity::keep_joined(store, None, &joined)?;
+    info!("the expired certificate was replaced");
+    Ok(())
+}
+
+fn take(outcome: JoinOutcome) -> Result<proto::Joined, JoinError> {
+    match outcome {
+        JoinOutcome::Joined(joined) => Ok(joined),
+        JoinOutcome::Refused(refused) => {
+            Err(JoinError::Refused { code: refused.code(), message: refused.message })
+        }
+    }
+}
+
+fn endpoint(address: &str) -> Result<Endpoint, JoinError> {
+    let bad = || JoinError::Address(address.to_owned());
+    let (host, port) = address.rsplit_once(':').ok_or_else(bad)?;
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let wire = proto::Endpoint {
+        host: host.to_owned(),
+        port: port.parse::<u16>().map_err(|_| bad())?.into(),
+        transports: Vec::new(),
+    };
+    Endpoint::from_proto(&wire).ok_or_else(bad)
+}
+
+/// The host's name, as the kubelet takes it: lower case.
+fn host_name() -> Result<NodeName, JoinError> {
+    let name = nix::unistd::gethostname().unwrap_or_default();
+    let name = name.to_string_lossy().to_lowercase();
+    NodeName::parse(&name).map_err(|_| JoinError::HostName(name))
+}
+
+/// The architecture as Kubernetes labels name it.
+pub fn go_arch() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        "x86" => "386",
+        "powerpc64" => "ppc64le",
+        other => other,
+    }
+}

@@ -1,0 +1,231 @@
+//! A device becomes a Node, or is told in one line why not.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use testbed::edge::Edge;
+use testbed::wait::wait_for;
+
+use crate::world;
+
+/// The fields of a token's message (common/proto/hub.proto, `Token`).
+const SECRET: u64 = 2;
+const PIN: u64 = 3;
+
+#[test]
+fn a_device_joins_and_its_node_has_the_right_labels() -> Result<()> {
+    let world = world()?;
+    let _peace = world.in_peace();
+    let mut edge = world.machine("join-1")?;
+    let node = world.join(
+        &mut edge,
+        &["--labels", "topology.kubernetes.io/zone=shop-7"],
+    )?;
+
+    let labels = &node["metadata"]["labels"];
+    for (label, value) in [
+        ("node-role.kubernetes.io/edge", ""),
+        ("node-role.kubernetes.io/agent", ""),
+        ("kubernetes.io/hostname", "join-1"),
+        ("kubernetes.io/os", "linux"),
+        (
+            "kubernetes.io/arch",
+            if cfg!(target_arch = "x86_64") {
+                "amd64"
+            } else {
+                "arm64"
+            },
+        ),
+        ("topology.kubernetes.io/zone", "shop-7"),
+    ] {
+        ensure!(labels[label] == value, "label {label}: {labels}");
+    }
+    let info = &node["status"]["nodeInfo"];
+    ensure!(
+        info["containerRuntimeVersion"]
+            .as_str()
+            .is_some_and(|v| v.starts_with("containerd://")),
+        "{info}"
+    );
+    ensure!(
+        node["status"]["allocatable"]["pods"].is_string(),
+        "{}",
+        node["status"]
+    );
+    ensure!(
+        node["spec"]["providerID"]
+            .as_str()
+            .is_some_and(|id| id.starts_with("edge://")),
+        "{}",
+        node["spec"]
+    );
+    Ok(())
+}
+
+#[test]
+fn the_same_line_may_be_pasted_again() -> Result<()> {
+    let world = world()?;
+    let _peace = world.in_peace();
+    let mut edge = world.machine("join-2")?;
+    let invitation = world.cloud().invite(&[])?;
+    edge.join(&invitation)?;
+    world.node_ready(&mut edge)?;
+    edge.stop()?;
+    edge.join(&invitation)?;
+    wait_for("session", Duration::from_secs(30), || {
+        edge.ensure_running()?;
+        let list = world.cloud().command(&["node", "list"])?;
+        ensure!(list.contains("join-2"), "{list}");
+        Ok(())
+    })?;
+    world.node_ready(&mut edge)?;
+    Ok(())
+}
+
+#[test]
+fn each_refusal_has_its_own_line_and_its_own_exit_code() -> Result<()> {
+    let world = world()?;
+    let _peace = world.in_peace();
+    let mut first = world.machine("taken")?;
+    let used = world.cloud().invite(&[])?;
+    first.join(&used)?;
+    world.node_ready(&mut first)?;
+    let foreign = r#"{"apiVersion":"v1","kind":"Node","metadata":{"name":"foreign"}}"#;
+    world.kubectl.apply(foreign)?;
+
+    let mut edge = Edge::bare(&world.backbone, "refused")?;
+    let fresh = world.cloud().invite(&[])?;
+    let expired = world.cloud().invite(&["--ttl", "1s"])?;
+    // The token's own second has to pass on the cloud's clock.
+    std::thread::sleep(Duration::from_millis(1500));
+    let trials = [
+        ("wrong-token", altered(&fresh.token, SECRET)?),
+        ("wrong-ca", altered(&fresh.token, PIN)?),
+        ("late", expired.token),
+        ("second", used.token),
+        ("taken", fresh.token.clone()),
+        ("foreign", fresh.token.clone()),
+    ];
+    let mut codes = HashMap::new();
+    let mut lines = HashMap::new();
+    for (name, token) in trials {
+        edge.name = name.to_owned();
+        let (code, said) = edge.join_refused(&fresh.join, &token)?;
+        let line = said
+            .lines()
+            .rfind(|line| !line.trim().is_empty())
+            .unwrap_or_default();
+        println!("{name}: exit code {code}: {line}");
+        ensure!(
+            code > 0 && code != 101 && code < 126,
+            "{name}: exit code {code}: {said}"
+        );
+        ensure!(line.len() > 20, "{name} is told nothing: {said}");
+        if let Some(other) = codes.insert(code, name) {
+            panic!("{name} and {other} both end with {code}");
+        }
+        if let Some(other) = lines.insert(line.to_owned(), name) {
+            panic!("{name} and {other} are told the same: {line}");
+        }
+        // A device that pins another CA never gets as far as saying a name.
+        if name != "wrong-ca" {
+            let log = world.cloud().text();
+            ensure!(
+                log.lines().any(|line| line.contains(name)),
+                "cloudcore says nothing of {name}"
+            );
+        }
+    }
+    ensure!(
+        !world.cloud().text().contains(&fresh.token),
+        "a token is in cloudcore's log"
+    );
+    world.kubectl.ok(&["delete", "node", "foreign"])?;
+
+    // None of it used the token up: the device can still join with it.
+    edge.name = "welcome-at-last".to_owned();
+    edge.join(&fresh)?;
+    wait_for("Node", Duration::from_secs(30), || {
+        edge.ensure_running()?;
+        world.kubectl.json(&["get", "node", "welcome-at-last"])
+    })
+    .with_context(|| world.story(&edge))?;
+    Ok(())
+}
+
+#[test]
+fn a_token_for_one_name_serves_no_other() -> Result<()> {
+    let world = world()?;
+    let _peace = world.in_peace();
+    let mut edge = Edge::bare(&world.backbone, "other-name")?;
+    let invitation = world.cloud().invite(&["--node", "this-name"])?;
+    let (code, said) = edge.join_refused(&invitation.join, &invitation.token)?;
+    ensure!(
+        code > 0 && said.contains("this-name"),
+        "exit code {code}: {said}"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_node_deleted_by_somebody_else_is_made_again_and_its_pods_go_on() -> Result<()> {
+    let world = world()?;
+    let _peace = world.in_peace();
+    let mut edge = world.edge("remade")?;
+    world
+        .kubectl
+        .apply(&testbed::world::shell_pod("remade-pod", "remade", "sleep 1000").to_string())?;
+    let pod = world.pod_running(&edge, "remade-pod")?;
+    let old = world.kubectl.json(&["get", "node", "remade"])?;
+    world
+        .kubectl
+        .ok(&["delete", "node", "remade", "--wait=false"])?;
+    wait_for("new Node", Duration::from_secs(30), || {
+        let node = world.kubectl.json(&["get", "node", "remade"])?;
+        ensure!(
+            node["metadata"]["uid"] != old["metadata"]["uid"],
+            "it is the old one"
+        );
+        Ok(())
+    })
+    .with_context(|| world.story(&edge))?;
+    world.node_ready(&mut edge)?;
+    let after = world.pod_running(&edge, "remade-pod")?;
+    ensure!(
+        after["metadata"]["uid"] == pod["metadata"]["uid"],
+        "the Pod was replaced"
+    );
+    ensure!(
+        testbed::world::container_id(&after)? == testbed::world::container_id(&pod)?,
+        "the container was replaced"
+    );
+    Ok(())
+}
+
+/// The token with one bit of one field turned: everything else stays as it was.
+fn altered(token: &str, field: u64) -> Result<String> {
+    let (kind, body) = token
+        .split_once('.')
+        .context("a token has a kind and a body")?;
+    let mut bytes = URL_SAFE_NO_PAD.decode(body)?;
+    let mut at = 0;
+    while at < bytes.len() {
+        // Numbers and lengths in a token are below 128: one byte each.
+        let (number, wire) = (u64::from(bytes[at] >> 3), bytes[at] & 7);
+        ensure!(
+            wire == 2,
+            "a token has only length-delimited fields at its top"
+        );
+        let length = usize::from(*bytes.get(at + 1).context("truncated")?);
+        ensure!(length < 128 && at + 2 + length <= bytes.len(), "truncated");
+        if number == field {
+            bytes[at + 2 + length / 2] ^= 1;
+            return Ok(format!("{kind}.{}", URL_SAFE_NO_PAD.encode(bytes)));
+        }
+        at += 2 + length;
+    }
+    anyhow::bail!("the token has no field {field}")
+}
