@@ -17,13 +17,12 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::{AbortHandle, JoinError, JoinSet};
 use tokio::time::sleep;
 
-use super::Clients;
 use super::backoff::Backoff;
 use super::feed::{chain, next_line};
 use super::index::{Answer, Command, revision};
 use super::metrics::Metrics;
 use super::references::{reading, trimmed};
-use super::source::{Fault, Line, Source};
+use super::source::{Access, Fault, Line, Source};
 
 /// The answers. `Refused` is a watch's: the index may give it to another node.
 pub(super) enum Told {
@@ -71,8 +70,8 @@ const FIRST_WATCH_WAIT: Duration = Duration::from_millis(500);
 /// cost four requests a second.
 const LIFETIME: Duration = Duration::from_secs(1800);
 
-pub(super) struct Configs<C, T> {
-    clients: C,
+pub(super) struct Configs<T> {
+    access: Access,
     out: mpsc::Sender<T>,
     metrics: Arc<Metrics>,
     permits: Arc<Semaphore>,
@@ -81,10 +80,10 @@ pub(super) struct Configs<C, T> {
     watches: HashMap<ObjectKey, AbortHandle>,
 }
 
-impl<C: Clients, T: From<Told> + Send + 'static> Configs<C, T> {
-    pub(super) fn new(clients: C, out: mpsc::Sender<T>, metrics: Arc<Metrics>) -> Self {
+impl<T: From<Told> + Send + 'static> Configs<T> {
+    pub(super) fn new(access: Access, out: mpsc::Sender<T>, metrics: Arc<Metrics>) -> Self {
         Self {
-            clients,
+            access,
             out,
             metrics,
             permits: Arc::new(Semaphore::new(READS_AT_ONCE)),
@@ -155,9 +154,8 @@ impl<C: Clients, T: From<Told> + Send + 'static> Configs<C, T> {
 
     fn one(&self, reference: &ObjectKey, node: &NodeName, ticket: u64) -> Option<One<T>> {
         let plural = reading(reference.kind)?.plural;
-        let client = self.clients.as_node(node);
         Some(One {
-            source: Source::object(client, plural, &reference.namespace, &reference.name),
+            source: Source::object(self.access.clone(), node.clone(), plural, reference),
             reference: reference.clone(),
             node: node.clone(),
             ticket,

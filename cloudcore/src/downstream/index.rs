@@ -134,6 +134,15 @@ pub struct Desired {
     pub objects: BTreeMap<ObjectKey, Arc<Versioned>>,
     /// Whether that is everything: nothing waits, every feed has listed once.
     pub complete: bool,
+    /// The revisions of the last lists of its Pods and of its Node object: its own marks, where
+    /// they are above those of the feeds.
+    pub listed: Listed,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Listed {
+    pub pods: u64,
+    pub node: u64,
 }
 
 /// The state of one edge node.
@@ -142,6 +151,8 @@ struct Edge {
     pods: BTreeSet<Arc<str>>,
     /// The revision of the last list that covered its Pods; a watch's event below it is old news.
     listed: Option<u64>,
+    /// The same for its Node object.
+    node_listed: Option<u64>,
 }
 
 #[derive(Default)]
@@ -285,8 +296,12 @@ impl Index {
                 message: "the Node has no name or resourceVersion; it is ignored".into(),
             });
         };
-        if origin == Origin::List {
-            self.listing_nodes.insert(name.clone());
+        match origin {
+            Origin::List => {
+                self.listing_nodes.insert(name.clone());
+            }
+            Origin::Watch if self.is_old_news(&name, revision) => return,
+            Origin::Watch => {}
         }
         let key = ObjectKey::named(Kind::Node, "", name.as_str());
         let trimmed = Object::present(key, trim::node(object));
@@ -301,30 +316,34 @@ impl Index {
     }
 
     pub fn remove_node(&mut self, object: &Value) {
-        if let Some((name, _)) = node_identity(object)
+        if let Some((name, revision)) = node_identity(object)
+            && !self.is_old_news(&name, revision)
             && self.nodes.remove(&name).is_some()
         {
             self.node_changed(name);
         }
     }
 
-    pub fn node_list_ends(&mut self, revision: u64) {
+    pub fn node_list_ends(&mut self, covered: &Covered, revision: u64) {
         let seen = std::mem::take(&mut self.listing_nodes);
-        let gone: Vec<NodeName> = self
-            .nodes
-            .keys()
-            .filter(|n| !seen.contains(*n))
-            .cloned()
-            .collect();
-        for name in gone {
+        let asked = |name: &NodeName| match covered {
+            Covered::All => true,
+            Covered::Nodes(nodes) => nodes.contains(name),
+        };
+        let gone = self.nodes.keys().filter(|n| asked(n) && !seen.contains(*n));
+        for name in gone.cloned().collect::<Vec<_>>() {
             self.nodes.remove(&name);
             self.node_changed(name);
         }
-        if !std::mem::replace(&mut self.nodes_listed, true) {
-            self.all_changed();
+        for (name, edge) in self.edges.iter_mut().filter(|(name, _)| asked(name)) {
+            edge.node_listed = Some(revision);
+            self.changes.nodes.insert(name.clone());
         }
-        self.changes.list_again |= revision < self.marks.nodes;
-        self.marks.nodes = revision;
+        if *covered == Covered::All {
+            self.nodes_listed = true;
+            self.changes.list_again |= revision < self.marks.nodes;
+            self.marks.nodes = revision;
+        }
     }
 
     pub fn node_progress(&mut self, revision: u64) {
@@ -419,6 +438,10 @@ impl Index {
         let edge = self.edges.get(node).filter(|e| e.listed.is_some())?;
         let mut desired = Desired {
             complete: self.nodes_listed && self.services.is_listed(),
+            listed: Listed {
+                pods: edge.listed.unwrap_or_default(),
+                node: edge.node_listed.unwrap_or_default(),
+            },
             ..Desired::default()
         };
         let mut namespaces = BTreeSet::new();
@@ -533,6 +556,12 @@ impl Index {
             .extend(self.shared.nodes_wanting(reference).cloned());
     }
 
+    /// Whether a list of this Node object reached at least as far as a watch's event.
+    fn is_old_news(&self, name: &NodeName, revision: u64) -> bool {
+        let listed = self.edges.get(name).and_then(|e| e.node_listed);
+        listed.is_some_and(|listed| revision <= listed)
+    }
+
     fn node_changed(&mut self, name: NodeName) {
         if self.is_edge(&name) {
             self.changes.nodes.insert(name);
@@ -556,6 +585,10 @@ impl Index {
         self.pods.values_mut().for_each(Pod::rewind);
         self.shared.rewind(&mut self.orders);
         self.marks = Marks::default();
+        for edge in self.edges.values_mut() {
+            edge.listed = edge.listed.map(|_| 0);
+            edge.node_listed = None;
+        }
         self.changes.rewound = true;
         self.changes.list_again = true;
     }

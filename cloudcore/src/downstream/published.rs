@@ -12,7 +12,7 @@ use common::ids::{Kind, NodeName, ObjectKey};
 use tokio::sync::watch;
 
 use super::index::pod::PodView;
-use super::index::{Desired, Marks};
+use super::index::{Desired, Listed, Marks};
 use super::versioned::{Versioned, View};
 
 /// All that one node must have, at one moment.
@@ -51,6 +51,7 @@ impl NodeSnapshot {
 struct Set {
     objects: Arc<BTreeMap<ObjectKey, Arc<Versioned>>>,
     complete: bool,
+    listed: Listed,
 }
 
 type Views = Arc<BTreeMap<Arc<str>, Arc<PodView>>>;
@@ -86,7 +87,11 @@ impl NodeFeed {
     pub fn snapshot(&self) -> NodeSnapshot {
         // Before the objects: see the head of this file.
         let mut marks = self.published.marks();
-        let Set { objects, complete } = self.set.borrow().clone();
+        let set = self.set.borrow().clone();
+        let (objects, complete) = (set.objects, set.complete);
+        for (kind, listed) in [(Kind::Pod, set.listed.pods), (Kind::Node, set.listed.node)] {
+            marks.entry(kind).and_modify(|m| *m = listed.max(*m));
+        }
         for object in objects.values() {
             match object.object.key.kind {
                 kind @ (Kind::ConfigMap | Kind::Secret) => {
@@ -168,8 +173,11 @@ impl Published {
                     .values()
                     .zip(desired.objects.values())
                     .all(|(a, b)| Arc::ptr_eq(a, b));
+            // A later list of the same is not worth waking anybody.
+            set.listed = desired.listed;
             if !same {
                 *set = Set {
+                    listed: desired.listed,
                     objects: Arc::new(desired.objects),
                     complete: desired.complete,
                 };

@@ -277,6 +277,15 @@ async fn a_consistent_list_sees_what_a_deaf_watch_missed() {
     assert!(both.1.is_ok());
     let snapshot = running.handle.feed(&node("a")).snapshot();
     assert!(snapshot.complete && has_pod("v")(&snapshot) && has_secret("s", "Mg==")(&snapshot));
+    let log = server.log();
+    let of_all = log
+        .iter()
+        .filter(|l| l.contains("list pods") && l.contains("nodeName!= 500"));
+    assert_eq!(
+        of_all.count(),
+        1,
+        "the cluster's Pods are not listed again for one node"
+    );
     running.stop().await;
 }
 

@@ -75,7 +75,7 @@ impl World {
         };
         world.index.edge_nodes(&[node("a"), node("b")].into());
         world.list_pods(10, &[]);
-        world.index.node_list_ends(10);
+        world.index.node_list_ends(&Covered::All, 10);
         world.index.service_list_ends(10);
         world.drain();
         world.changed.clear();
@@ -552,7 +552,7 @@ fn nothing_is_complete_before_every_feed_has_listed() {
     assert!(!complete(&index));
     index.service_list_ends(5);
     assert!(!complete(&index));
-    index.node_list_ends(5);
+    index.node_list_ends(&Covered::All, 5);
     assert!(complete(&index));
 }
 
@@ -648,8 +648,25 @@ fn a_node_gets_its_own_node_object_and_no_other() {
     world.index.apply_node(&object("a", "1", 22), Origin::Watch);
     world.drain();
     assert!(world.changed.is_empty(), "a heartbeat is no change");
+    // Listed by itself at 40: the watch comes there later.
     world.index.node_list_begins();
-    world.index.node_list_ends(30);
+    world.index.apply_node(&object("a", "2", 35), Origin::List);
+    world
+        .index
+        .node_list_ends(&Covered::Nodes([node("a")].into()), 40);
+    world.index.apply_node(&object("a", "1", 30), Origin::Watch);
+    world.index.remove_node(&object("a", "1", 31));
+    assert_eq!(
+        world.set("a").0,
+        [r#"a {"metadata":{"labels":{"l":"2"},"name":"a"},"spec":{}}"#]
+    );
+    let listed = world.index.desired(&node("a")).unwrap().listed;
+    assert_eq!(
+        (listed, world.index.marks().nodes),
+        (Listed { pods: 10, node: 40 }, 10)
+    );
+    world.index.node_list_begins();
+    world.index.node_list_ends(&Covered::All, 50);
     assert!(world.set("a").0.is_empty());
 }
 
