@@ -34,28 +34,36 @@ use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use self::configs::{Configs, Told};
-use self::feed::{Feed, Seen};
+use self::feed::{Ask, Feed, Seen};
 pub use self::index::Malformed;
 pub use self::index::pod::PodView;
 use self::index::{Changes, Index};
 pub use self::metrics::Metrics;
 use self::published::Published;
 pub use self::published::{NodeFeed, NodeSnapshot, PodViews};
+use self::source::Access;
 pub use self::versioned::Versioned;
 
 /// What feeds tell the index before it looks. Each place holds one object; the API server's own
 /// flow control does the rest when the index is slower than all feeds together.
 const QUEUE: usize = 256;
 
-/// Feeds with one watch for the cluster, in the order of `Listed`.
+/// Asks for a consistent list that wait for a feed; a session that finds no place waits in line.
+const ASKS: usize = 64;
+
+/// Feeds with one watch for the cluster.
 const CLUSTER_KINDS: [Kind; 3] = [Kind::Pod, Kind::Node, Kind::Services];
 
 /// The API server as this module needs it.
 pub trait Clients: Clone + Send + Sync + 'static {
-    /// CloudCore's own account.
+    /// CloudCore's own account: lists.
     fn own(&self) -> kube::Client;
-    /// A client whose requests the API server judges as the node's, where it can.
-    fn as_node(&self, node: &NodeName) -> kube::Client;
+    /// The same on connections of their own, for what stays open: watches.
+    fn own_watch(&self) -> kube::Client;
+    /// Marks a request of either client as made for the node, so that the API server judges it as
+    /// the node's, where it can. One client then serves all nodes: a client each would cost a task
+    /// for every Secret of the fleet.
+    fn mark_as_node(request: &mut http::Request<kube::client::Body>, node: &NodeName);
 }
 
 #[derive(Debug, Clone)]
@@ -95,14 +103,10 @@ pub enum Unavailable {
 pub struct Downstream {
     published: Arc<Published>,
     metrics: Arc<Metrics>,
-    requests: Arc<watch::Sender<u64>>,
-    listed: watch::Receiver<Listed>,
+    asks: [mpsc::Sender<Ask>; 3],
     inbox: mpsc::Sender<Input>,
     deadline: Duration,
 }
-
-/// For each cluster-wide feed, the newest request that a whole list has answered.
-type Listed = [u64; 3];
 
 impl Downstream {
     /// The node's desired set; empty and incomplete for a node that is none of ours (yet).
@@ -124,29 +128,28 @@ impl Downstream {
         &self.metrics
     }
 
-    /// Lists everything that the node's set is made of once more, consistently, and gives the
+    /// Reads everything that the node's set is made of once more, consistently, and gives the
     /// marks of the result. For a replica whose cache is behind what the edge already saw: marks
     /// that are still below the edge's mean that the cluster itself went back in time.
     ///
     /// Calls that come together share their lists. Cancel safe.
     pub async fn consistent(&self, node: &NodeName) -> Result<BTreeMap<Kind, u64>, Unavailable> {
         let all = async {
-            let mut request = 0;
-            self.requests.send_modify(|n| {
-                *n += 1;
-                request = *n;
-            });
-            let mut listed = self.listed.clone();
-            let whole = listed.wait_for(|l| l.iter().all(|n| *n >= request)).await;
-            whole.map_err(|_| Unavailable::Stopping)?;
-            let (done, answered) = oneshot::channel();
+            let mut answers = Vec::new();
+            for asks in &self.asks {
+                let (done, answer) = oneshot::channel();
+                let node = node.clone();
+                let asked = asks.send(Ask { node, done }).await;
+                asked.map_err(|_| Unavailable::Stopping)?;
+                answers.push(answer);
+            }
+            let (done, answer) = oneshot::channel();
             let node = node.clone();
-            let ask = Input::ReadAgain { node, done };
-            self.inbox
-                .send(ask)
-                .await
-                .map_err(|_| Unavailable::Stopping)?;
-            answered.await.map_err(|_| Unavailable::Stopping)
+            let asked = self.inbox.send(Input::ReadAgain { node, done }).await;
+            asked.map_err(|_| Unavailable::Stopping)?;
+            answers.push(answer);
+            let answered = futures::future::try_join_all(answers).await;
+            answered.map_err(|_| Unavailable::Stopping)
         };
         tokio::time::timeout(self.deadline, all)
             .await
@@ -184,13 +187,19 @@ pub struct Task<C> {
     metrics: Arc<Metrics>,
     clients: C,
     edge_nodes: watch::Receiver<Arc<BTreeSet<NodeName>>>,
-    requests: Arc<watch::Sender<u64>>,
-    listed: watch::Sender<Listed>,
+    /// What each feed takes; gone once they run.
+    asks: [Option<mpsc::Receiver<Ask>>; 3],
+    list_again: watch::Sender<u64>,
     inbox: mpsc::Receiver<Input>,
     inbox_sender: mpsc::Sender<Input>,
     malformed: mpsc::Sender<Malformed>,
-    /// Who waits for reads of which node's references.
+    /// Who waits for reads of which node's references. As many as there are calls of `consistent`,
+    /// one a session.
     waiting: Vec<Waiting>,
+    /// Who asked for lists that are applied, to be told once they are published.
+    listed: Vec<oneshot::Sender<()>>,
+    /// The edge nodes changed: cells of those that left go once their last set is published.
+    prune: Option<Arc<BTreeSet<NodeName>>>,
 }
 
 struct Waiting {
@@ -208,15 +217,13 @@ pub fn build<C: Clients>(
     malformed: mpsc::Sender<Malformed>,
 ) -> (Downstream, Task<C>) {
     let (inbox_sender, inbox) = mpsc::channel(QUEUE);
-    let (listed, listed_receiver) = watch::channel(Listed::default());
+    let asks = CLUSTER_KINDS.map(|_| mpsc::channel(ASKS));
     let published = Arc::new(Published::default());
     let metrics = Arc::new(Metrics::default());
-    let requests = Arc::new(watch::Sender::new(0));
     let handle = Downstream {
         published: published.clone(),
         metrics: metrics.clone(),
-        requests: requests.clone(),
-        listed: listed_receiver,
+        asks: asks.each_ref().map(|(sender, _)| sender.clone()),
         inbox: inbox_sender.clone(),
         deadline: config.consistent_deadline,
     };
@@ -226,12 +233,14 @@ pub fn build<C: Clients>(
         metrics,
         clients,
         edge_nodes,
-        requests,
-        listed,
+        asks: asks.map(|(_, receiver)| Some(receiver)),
+        list_again: watch::Sender::new(0),
         inbox,
         inbox_sender,
         malformed,
         waiting: Vec::new(),
+        listed: Vec::new(),
+        prune: None,
     };
     (handle, task)
 }
@@ -239,9 +248,10 @@ pub fn build<C: Clients>(
 impl<C: Clients> Task<C> {
     /// Runs until `shutdown`, or until a defect ends a feed.
     pub async fn run(mut self, shutdown: CancellationToken) -> Result<(), Error> {
-        let mut feeds = self.start_feeds();
+        let access = Access::of(&self.clients);
+        let mut feeds = self.start_feeds(&access);
         let out = self.inbox_sender.clone();
-        let mut configs = Configs::new(self.clients.clone(), out, self.metrics.clone());
+        let mut configs = Configs::new(access, out, self.metrics.clone());
         let mut batch = Vec::with_capacity(QUEUE);
         loop {
             // Cancel safe: `recv_many` takes nothing unless it is the branch that returns.
@@ -255,36 +265,37 @@ impl<C: Clients> Task<C> {
                 error = configs.reap() => return Err(Error::Panicked(error)),
                 _ = self.inbox.recv_many(&mut batch, QUEUE) => {}
             }
-            let mut listed = *self.listed.borrow();
             for input in batch.drain(..) {
-                self.take(input, &mut configs, &mut listed);
+                self.take(input, &mut configs);
             }
             self.publish(&mut configs);
-            self.listed
-                .send_if_modified(|now| std::mem::replace(now, listed) != listed);
         }
     }
 
-    fn start_feeds(&self) -> JoinSet<()> {
+    fn start_feeds(&mut self, access: &Access) -> JoinSet<()> {
         let mut feeds = JoinSet::new();
-        for kind in CLUSTER_KINDS {
-            let reading = references::reading(kind).expect("each cluster kind has its row");
+        for (kind, asks) in CLUSTER_KINDS.into_iter().zip(&mut self.asks) {
+            let (Some(reading), Some(asks)) = (references::reading(kind), asks.take()) else {
+                continue;
+            };
             let feed = Feed {
                 reading,
-                client: self.clients.own(),
+                access: access.clone(),
                 out: self.inbox_sender.clone(),
-                requests: self.requests.subscribe(),
+                asks,
+                list_again: self.list_again.subscribe(),
                 edges: (kind == Kind::Pod).then(|| self.edge_nodes.clone()),
                 metrics: self.metrics.clone(),
+                state: Default::default(),
             };
             feeds.spawn(feed.run());
         }
         feeds
     }
 
-    fn take(&mut self, input: Input, configs: &mut Configs<C, Input>, listed: &mut Listed) {
+    fn take(&mut self, input: Input, configs: &mut Configs<Input>) {
         match input {
-            Input::Seen(seen) => self.take_seen(seen, listed),
+            Input::Seen(seen) => self.take_seen(seen),
             Input::Told(told) => self.take_told(told, configs),
             Input::ReadAgain { node, done } => {
                 let references = self.index.read_again(&node).into_iter().collect();
@@ -297,12 +308,12 @@ impl<C: Clients> Task<C> {
         }
     }
 
-    fn take_seen(&mut self, seen: Seen, listed: &mut Listed) {
+    fn take_seen(&mut self, seen: Seen) {
         let index = &mut self.index;
         match seen {
             Seen::EdgeNodes(names) => {
                 index.edge_nodes(&names);
-                self.published.prune(&names);
+                self.prune = Some(names);
             }
             Seen::ListBegins {
                 kind,
@@ -334,18 +345,15 @@ impl<C: Clients> Task<C> {
                 kind,
                 covered,
                 revision,
-                request,
+                done,
             } => {
                 match kind {
                     Kind::Pod => index.pod_list_ends(&covered, revision),
-                    Kind::Node => index.node_list_ends(revision),
+                    Kind::Node => index.node_list_ends(&covered, revision),
                     Kind::Services => index.service_list_ends(revision),
                     Kind::ConfigMap | Kind::Secret | Kind::Unknown(_) => {}
                 }
-                let place = CLUSTER_KINDS.iter().position(|k| *k == kind);
-                if let (index::Covered::All, Some(place)) = (covered, place) {
-                    listed[place] = listed[place].max(request);
-                }
+                self.listed.extend(done);
             }
             Seen::Progress { kind, revision } => match kind {
                 Kind::Pod => index.pod_progress(revision),
@@ -356,7 +364,7 @@ impl<C: Clients> Task<C> {
         }
     }
 
-    fn take_told(&mut self, told: Told, configs: &mut Configs<C, Input>) {
+    fn take_told(&mut self, told: Told, configs: &mut Configs<Input>) {
         match told {
             Told::Read {
                 reference,
@@ -384,29 +392,31 @@ impl<C: Clients> Task<C> {
                 self.index.progress(&reference, ticket, view);
             }
             Told::Refused { reference, ticket } => self.index.refuse(&reference, ticket),
+            Told::Stuck { reference, node } => self.index.stuck(&reference, &node),
         }
     }
 
-    /// Acts on what the batch changed: reads first, then the sets, then the marks that vouch for
+    /// Acts on what the batch changed: reads first, then live states and sets, then the marks that vouch for
     /// them.
-    fn publish(&mut self, configs: &mut Configs<C, Input>) {
+    fn publish(&mut self, configs: &mut Configs<Input>) {
         let Changes {
             nodes,
             views,
             commands,
             malformed,
             rewound,
+            list_again,
         } = self.index.take();
         commands
             .into_iter()
             .for_each(|command| configs.obey(command));
+        for node in views {
+            self.published.set_views(&node, self.index.views(&node));
+        }
         for node in nodes {
             if self.published.set(&node, self.index.desired(&node)) {
                 self.metrics.published.add(1);
             }
-        }
-        for node in views {
-            self.published.set_views(&node, self.index.views(&node));
         }
         self.published.set_marks(self.index.marks());
         self.tell_waiting();
@@ -418,7 +428,12 @@ impl<C: Clients> Task<C> {
         if rewound {
             self.metrics.rewinds.add(1);
             tracing::warn!("the cluster went back in time (restored from a backup?): listing all");
-            self.requests.send_modify(|n| *n += 1);
+        }
+        if list_again {
+            self.list_again.send_modify(|n| *n += 1);
+        }
+        if let Some(edges) = self.prune.take() {
+            self.published.prune(&edges);
         }
     }
 
@@ -441,6 +456,10 @@ impl<C: Clients> Task<C> {
     /// Tells those who wait for nothing any more, once the sets with their answers are published. A
     /// reference that no Pod of the node names any more is not waited for.
     fn tell_waiting(&mut self) {
+        for done in self.listed.drain(..) {
+            // Whoever asked may have gone.
+            let _ = done.send(());
+        }
         let Self { waiting, index, .. } = self;
         let rest = std::mem::take(waiting).into_iter().filter_map(|mut one| {
             one.references.retain(|r| index.is_wanted(r, &one.node));

@@ -57,7 +57,9 @@ pub enum AppError {
     Join(#[from] JoinError),
     #[error(transparent)]
     Identity(#[from] IdentityError),
-    #[error("--name {asked} was given, but the data directory belongs to node {is}: give it another --data-dir")]
+    #[error(
+        "--name {asked} was given, but the data directory belongs to node {is}: give it another --data-dir"
+    )]
     OtherNode { asked: String, is: String },
     #[error(transparent)]
     Cri(#[from] cri::client::BadEndpoint),
@@ -103,7 +105,11 @@ async fn run(config: Config) -> Result<(), AppError> {
     });
     join::ensure(&store.store, ask).await?;
     let identity = Identity::load(&store.store)?.ok_or(JoinError::NeverJoined)?;
-    if let Some(asked) = config.name.as_deref().filter(|n| *n != identity.node.as_str()) {
+    if let Some(asked) = config
+        .name
+        .as_deref()
+        .filter(|n| *n != identity.node.as_str())
+    {
         let (asked, is) = (asked.to_owned(), identity.node.to_string());
         return Err(AppError::OtherNode { asked, is });
     }
@@ -121,13 +127,18 @@ struct Opened {
 fn open(data_dir: &Path) -> Result<Opened, AppError> {
     let mut builder = DirBuilder::new();
     builder.recursive(true).mode(0o700);
-    builder.create(data_dir).map_err(|e| AppError::DataDir(data_dir.into(), e))?;
+    builder
+        .create(data_dir)
+        .map_err(|e| AppError::DataDir(data_dir.into(), e))?;
     let failed = |e| AppError::Store(data_dir.into(), e);
     let (store, opened) = Store::open(&data_dir.join("store")).map_err(failed)?;
     if let Some(recovery) = opened.recovered {
         warn!(%recovery, "the store was damaged and has been repaired");
     }
-    Ok(Opened { store, incarnation: opened.incarnation })
+    Ok(Opened {
+        store,
+        incarnation: opened.incarnation,
+    })
 }
 
 /// The ledger's record in the store.
@@ -141,7 +152,10 @@ impl LedgerStore for KeptLedger {
     }
 
     fn save(&self, bytes: &[u8]) -> Result<(), String> {
-        self.0.meta().put(LEDGER, bytes).map_err(|e| common::telemetry::chain(&e))
+        self.0
+            .meta()
+            .put(LEDGER, bytes)
+            .map_err(|e| common::telemetry::chain(&e))
     }
 }
 
@@ -161,8 +175,12 @@ async fn assemble(
     let environment = watch::Sender::new(None);
 
     let boot_id = clock::boot_id();
-    let tokens: Tokens =
-        Arc::new(SessionTokens::new(store.clone(), asks, connected.subscribe(), boot_id));
+    let tokens: Tokens = Arc::new(SessionTokens::new(
+        store.clone(),
+        asks,
+        connected.subscribe(),
+        boot_id,
+    ));
     let volumes = VolumesConfig {
         root: config.data_dir.clone(),
         node_ca_pem: Some(ca::ensure(&config.data_dir, identity.node.as_str())?),
@@ -171,7 +189,10 @@ async fn assemble(
     let runtime: Runtime = Arc::new(cri::client::Client::build(&config.cri)?);
     let (pods, pods_task) = PodManager::build(
         manager::Config {
-            paths: Paths { pod_logs: config.pod_logs_dir.clone(), ..Paths::default() },
+            paths: Paths {
+                pod_logs: config.pod_logs_dir.clone(),
+                ..Paths::default()
+            },
             ..manager::Config::default()
         },
         manager::Deps {
@@ -222,9 +243,15 @@ async fn assemble(
         });
     };
     spawn("the Pod manager", Box::pin(pods_task.run(shutdown.clone())));
-    spawn("the node's status", Box::pin(node_task.run(shutdown.clone())));
+    spawn(
+        "the node's status",
+        Box::pin(node_task.run(shutdown.clone())),
+    );
     spawn("the hub", Box::pin(hub_task.run(shutdown.clone())));
-    spawn("the admin socket", Box::pin(admin::run(config.admin.clone(), shown, shutdown.clone())));
+    spawn(
+        "the admin socket",
+        Box::pin(admin::run(config.admin.clone(), shown, shutdown.clone())),
+    );
     supervise(tasks, shutdown).await?;
     store.close().map_err(failed)
 }

@@ -80,7 +80,10 @@ impl Config {
             .cri
             .or(file.cri)
             .unwrap_or_else(|| "unix:///run/containerd/containerd.sock".to_owned());
-        let transport = args.transport.or(file.transport).unwrap_or_else(|| "auto".to_owned());
+        let transport = args
+            .transport
+            .or(file.transport)
+            .unwrap_or_else(|| "auto".to_owned());
         let dead_after = file.dead_after_seconds.unwrap_or(DEAD_AFTER_SECONDS);
         if !(5..=3600).contains(&dead_after) {
             return Err(ConfigError::DeadAfter(dead_after));
@@ -91,11 +94,16 @@ impl Config {
             name: args.name.or(file.name),
             cri: endpoint(cri)?,
             transport: choice(&transport)?,
-            admin: args.admin.or(file.admin).unwrap_or_else(|| data_dir.join("admin.sock")),
+            admin: args
+                .admin
+                .or(file.admin)
+                .unwrap_or_else(|| data_dir.join("admin.sock")),
             log: args.log.or(file.log).unwrap_or_else(|| "info".to_owned()),
             log_json: file.log_json.unwrap_or(false),
             pod_cidr: file.pod_cidr,
-            cni_config_dir: file.cni_config_dir.unwrap_or_else(|| "/etc/cni/net.d".into()),
+            cni_config_dir: file
+                .cni_config_dir
+                .unwrap_or_else(|| "/etc/cni/net.d".into()),
             cni_bin_dir: file.cni_bin_dir,
             dead_after: Duration::from_secs(dead_after),
             pod_logs_dir: file.pod_logs_dir.unwrap_or_else(|| "/var/log/pods".into()),
@@ -130,8 +138,16 @@ mod tests {
     fn flags_win_over_the_file_and_the_file_over_defaults() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("edge.yaml");
-        std::fs::write(&path, "name: from-file\ncri: unix:///run/x.sock\ntransport: quic\n").unwrap();
-        let args = RunArgs { config: Some(path), name: Some("from-flag".into()), ..Default::default() };
+        std::fs::write(
+            &path,
+            "name: from-file\ncri: unix:///run/x.sock\ntransport: quic\n",
+        )
+        .unwrap();
+        let args = RunArgs {
+            config: Some(path),
+            name: Some("from-flag".into()),
+            ..Default::default()
+        };
         let config = Config::resolve(args).unwrap();
         assert_eq!(config.name.as_deref(), Some("from-flag"));
         assert_eq!(config.cri, "unix:///run/x.sock");
@@ -142,9 +158,15 @@ mod tests {
     #[test]
     fn what_cannot_be_is_refused_with_a_sentence() {
         let bad = |args: RunArgs| Config::resolve(args).unwrap_err().to_string();
-        let cri = RunArgs { cri: Some("tcp://1.2.3.4".into()), ..Default::default() };
+        let cri = RunArgs {
+            cri: Some("tcp://1.2.3.4".into()),
+            ..Default::default()
+        };
         assert!(bad(cri).contains("is not a Unix socket"));
-        let transport = RunArgs { transport: Some("pigeon".into()), ..Default::default() };
+        let transport = RunArgs {
+            transport: Some("pigeon".into()),
+            ..Default::default()
+        };
         assert!(bad(transport).contains("auto, quic, websocket"));
     }
 }

@@ -88,7 +88,11 @@ pub struct Task {
 
 impl Task {
     pub fn build(deps: Deps) -> Self {
-        Self { deps, backoff: Backoff::new(FIRST_WAIT, LONGEST_WAIT), remembered: None }
+        Self {
+            deps,
+            backoff: Backoff::new(FIRST_WAIT, LONGEST_WAIT),
+            remembered: None,
+        }
     }
 
     /// Until shutdown.
@@ -151,8 +155,10 @@ impl Task {
 
     async fn dial(&self, identity: &Identity) -> Result<Connection, LinkError> {
         let target = Target::from_link(&identity.link)?;
-        let shown =
-            ClientIdentity { chain: identity.chain.clone(), key: identity.key.private_key() };
+        let shown = ClientIdentity {
+            chain: identity.chain.clone(),
+            key: identity.key.private_key(),
+        };
         let options = DialOptions {
             preference: self.deps.transport,
             remembered: self.remembered,
@@ -189,7 +195,11 @@ impl Task {
     fn ended(&mut self, end: SessionEnd) -> Duration {
         match end {
             SessionEnd::Stopping | SessionEnd::Renewed => Duration::ZERO,
-            SessionEnd::GoAway { reason, message, retry_after } => {
+            SessionEnd::GoAway {
+                reason,
+                message,
+                retry_after,
+            } => {
                 warn!(?reason, message, "the cloud ended the session");
                 let least = match reason {
                     GoAwayReason::GoAwayRevoked | GoAwayReason::GoAwayQuarantined => UNWANTED_WAIT,
@@ -199,7 +209,9 @@ impl Task {
                     | GoAwayReason::GoAwayProtocolError
                     | GoAwayReason::GoAwayLostClaim => Duration::ZERO,
                 };
-                least.max(retry_after).max(self.backoff.next_wait(rand::random()))
+                least
+                    .max(retry_after)
+                    .max(self.backoff.next_wait(rand::random()))
             }
             SessionEnd::Lanes(_) | SessionEnd::Protocol(_) | SessionEnd::Store(_) => {
                 self.lost(&end)

@@ -16,7 +16,9 @@ use crate::store::Store;
 /// Why a device could not join; each with its own exit code.
 #[derive(Debug, thiserror::Error)]
 pub enum JoinError {
-    #[error("this device has not joined a cloud: start it with --join HOST:PORT --token TOKEN, as `cloudcore token create` prints it")]
+    #[error(
+        "this device has not joined a cloud: start it with --join HOST:PORT --token TOKEN, as `cloudcore token create` prints it"
+    )]
     NeverJoined,
     #[error("--join {0:?} is not HOST:PORT")]
     Address(String),
@@ -125,7 +127,11 @@ pub async fn again(store: &Store, identity: &identity::Identity) -> Result<(), J
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
         os: std::env::consts::OS.to_owned(),
         arch: go_arch().to_owned(),
-        expired_certificate: identity.chain.first().map(|c| c.to_vec()).unwrap_or_default(),
+        expired_certificate: identity
+            .chain
+            .first()
+            .map(|c| c.to_vec())
+            .unwrap_or_default(),
         ..Default::default()
     };
     let target = Target::from_link(&identity.link).map_err(JoinError::Link)?;
@@ -139,9 +145,10 @@ pub async fn again(store: &Store, identity: &identity::Identity) -> Result<(), J
 fn take(outcome: JoinOutcome) -> Result<proto::Joined, JoinError> {
     match outcome {
         JoinOutcome::Joined(joined) => Ok(joined),
-        JoinOutcome::Refused(refused) => {
-            Err(JoinError::Refused { code: refused.code(), message: refused.message })
-        }
+        JoinOutcome::Refused(refused) => Err(JoinError::Refused {
+            code: refused.code(),
+            message: refused.message,
+        }),
     }
 }
 

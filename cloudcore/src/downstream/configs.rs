@@ -17,13 +17,12 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::{AbortHandle, JoinError, JoinSet};
 use tokio::time::sleep;
 
-use super::Clients;
 use super::backoff::Backoff;
 use super::feed::{chain, next_line};
 use super::index::{Answer, Command, revision};
 use super::metrics::Metrics;
 use super::references::{reading, trimmed};
-use super::source::{Fault, Line, Source};
+use super::source::{Access, Fault, Line, Source};
 
 /// The answers. `Refused` is a watch's: the index may give it to another node.
 pub(super) enum Told {
@@ -47,6 +46,11 @@ pub(super) enum Told {
         reference: ObjectKey,
         ticket: u64,
     },
+    /// A read is refused for longer than an authorizer lags.
+    Stuck {
+        reference: ObjectKey,
+        node: NodeName,
+    },
 }
 
 /// Reads at one time. They share connections of at most 90 streams with each other; 30,000 of them
@@ -57,14 +61,17 @@ const READS_AT_ONCE: usize = 64;
 /// Pod waits for it.
 const FIRST_READ_WAIT: Duration = Duration::from_millis(10);
 
+/// So many refusals take about five seconds: no lag explains them.
+const STUCK: u32 = 10;
+
 const FIRST_WATCH_WAIT: Duration = Duration::from_millis(500);
 
 /// How long one watch of an object lives, up to twice as long by chance. Ten thousand objects then
 /// cost four requests a second.
 const LIFETIME: Duration = Duration::from_secs(1800);
 
-pub(super) struct Configs<C, T> {
-    clients: C,
+pub(super) struct Configs<T> {
+    access: Access,
     out: mpsc::Sender<T>,
     metrics: Arc<Metrics>,
     permits: Arc<Semaphore>,
@@ -73,10 +80,10 @@ pub(super) struct Configs<C, T> {
     watches: HashMap<ObjectKey, AbortHandle>,
 }
 
-impl<C: Clients, T: From<Told> + Send + 'static> Configs<C, T> {
-    pub(super) fn new(clients: C, out: mpsc::Sender<T>, metrics: Arc<Metrics>) -> Self {
+impl<T: From<Told> + Send + 'static> Configs<T> {
+    pub(super) fn new(access: Access, out: mpsc::Sender<T>, metrics: Arc<Metrics>) -> Self {
         Self {
-            clients,
+            access,
             out,
             metrics,
             permits: Arc::new(Semaphore::new(READS_AT_ONCE)),
@@ -147,9 +154,8 @@ impl<C: Clients, T: From<Told> + Send + 'static> Configs<C, T> {
 
     fn one(&self, reference: &ObjectKey, node: &NodeName, ticket: u64) -> Option<One<T>> {
         let plural = reading(reference.kind)?.plural;
-        let client = self.clients.as_node(node);
         Some(One {
-            source: Source::object(client, plural, &reference.namespace, &reference.name),
+            source: Source::object(self.access.clone(), node.clone(), plural, reference),
             reference: reference.clone(),
             node: node.clone(),
             ticket,
@@ -172,6 +178,7 @@ struct One<T> {
 impl<T: From<Told>> One<T> {
     async fn read(self, permits: Arc<Semaphore>) {
         let mut backoff = Backoff::new(FIRST_READ_WAIT, 0);
+        let mut refusals = 0_u32;
         loop {
             let Ok(permit) = permits.acquire().await else {
                 return;
@@ -191,7 +198,19 @@ impl<T: From<Told>> One<T> {
                     let _ = self.out.send(told.into()).await;
                     return;
                 }
-                Err(fault) => self.wait(&mut backoff, &fault).await,
+                Err(fault) => {
+                    if let Fault::Forbidden(_) = fault {
+                        refusals += 1;
+                    }
+                    if refusals == STUCK {
+                        let (reference, node) = (self.reference.clone(), self.node.clone());
+                        let told = Told::Stuck { reference, node };
+                        if self.out.send(told.into()).await.is_err() {
+                            return;
+                        }
+                    }
+                    self.wait(&mut backoff, &fault).await;
+                }
             }
         }
     }

@@ -1,6 +1,6 @@
 //! The shared body of the cluster-wide feeds: list, then watch, for ever.
 //!
-//! Owns one watch. Takes a row of the table of readings and a client of CloudCore's own; gives what
+//! Owns one watch. Takes a row of the table of readings and CloudCore's own access; gives what
 //! it sees, in order, to the index. Survives 410 (lists again), 429, 5xx and an API server that is
 //! away (back-off with jitter), and a cluster that was restored from a backup: such a server
 //! answers a watch at a revision of the future with 200 and silence, so each time the watch is
@@ -14,14 +14,14 @@ use std::time::Duration;
 use common::ids::{Kind, NodeName};
 use serde_json::Value;
 use serde_json::value::RawValue;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::backoff::Backoff;
 use super::index::{Covered, Origin, revision};
 use super::metrics::Metrics;
 use super::references::Reading;
-use super::source::{Fault, Line, Lines, Page, Source};
+use super::source::{Access, Fault, Line, Lines, Page, Source};
 
 /// What the feeds tell the index.
 pub(super) enum Seen {
@@ -44,8 +44,8 @@ pub(super) enum Seen {
         kind: Kind,
         covered: Covered,
         revision: u64,
-        /// The newest request for a list that this one answers.
-        request: u64,
+        /// Who asked for this list.
+        done: Vec<oneshot::Sender<()>>,
     },
     Progress {
         kind: Kind,
@@ -56,8 +56,8 @@ pub(super) enum Seen {
 /// The first wait after a failure.
 const FIRST_WAIT: Duration = Duration::from_millis(100);
 
-/// Lists begin at least this far apart, so that a fleet that asks for one each does not turn the
-/// feed into a loop of lists; whoever asks meanwhile shares the next.
+/// Lists of everything begin at least this far apart, so that a fleet that asks for one each does
+/// not turn the feed into a loop of lists; whoever asks meanwhile shares the next.
 const LIST_SPACING: Duration = Duration::from_millis(500);
 
 /// Objects a page. A page of Pods is then about 5 MB.
@@ -66,19 +66,39 @@ const PAGE: u32 = 500;
 /// A watch without a word for so long is given up. Bookmarks come about every minute.
 const SILENCE: Duration = Duration::from_secs(300);
 
-/// Up to so many new nodes are listed one by one; above it one list of everything is cheaper.
+/// Up to so many nodes are listed one by one; above it one list of everything is cheaper.
 const LISTED_SINGLY: usize = 16;
+
+/// Somebody wants what concerns `node` as the cluster is at this moment. `done` is told once that
+/// is published.
+pub(super) struct Ask {
+    pub(super) node: NodeName,
+    pub(super) done: oneshot::Sender<()>,
+}
 
 /// The feed is told to stop by dropping it; it ends by itself when nobody listens any more.
 pub(super) struct Feed<T> {
     pub(super) reading: &'static Reading,
-    pub(super) client: kube::Client,
+    pub(super) access: Access,
     pub(super) out: mpsc::Sender<T>,
-    /// Counts the requests for a list.
-    pub(super) requests: watch::Receiver<u64>,
+    pub(super) asks: mpsc::Receiver<Ask>,
+    /// Changes when everything must be listed again.
+    pub(super) list_again: watch::Receiver<u64>,
     /// Whose Pods matter; only for the feed of Pods.
     pub(super) edges: Option<watch::Receiver<Arc<BTreeSet<NodeName>>>>,
     pub(super) metrics: Arc<Metrics>,
+    pub(super) state: State,
+}
+
+/// Where a feed stands.
+#[derive(Default)]
+pub(super) struct State {
+    /// The revision up to which everything was passed on.
+    at: u64,
+    /// The edge nodes that the index was told of.
+    known: BTreeSet<NodeName>,
+    /// Asks taken and not yet answered; one a session that waits.
+    owed: Vec<Ask>,
 }
 
 /// Why the watch of a feed ended.
@@ -91,19 +111,23 @@ enum Ended {
 
 struct Closed;
 
+/// Nobody listens; or what the API server said.
+type Listed = Result<Result<u64, Fault>, Closed>;
+
 impl<T: From<Seen> + Send + 'static> Feed<T> {
     pub(super) async fn run(mut self) {
         let mut backoff = Backoff::new(FIRST_WAIT, 0);
-        let mut known = BTreeSet::new();
         let mut not_before = Instant::now();
+        let source = self.source(self.reading.field_selector);
         loop {
             sleep_until(not_before).await;
             not_before = Instant::now() + LIST_SPACING;
-            if self.tell_edges(&mut known).await.is_err() {
+            self.list_again.mark_unchanged();
+            self.take_asks();
+            if self.tell_edges().await.is_err() {
                 return;
             }
-            let source = self.source(self.reading.field_selector);
-            let mut at = match self.list(&source, Covered::All, &known).await {
+            self.state.at = match self.list(&source, Covered::All).await {
                 Ok(Ok(revision)) => revision,
                 Ok(Err(fault)) => {
                     self.wait(&mut backoff, Some(fault), "list").await;
@@ -112,17 +136,14 @@ impl<T: From<Seen> + Send + 'static> Feed<T> {
                 Err(Closed) => return,
             };
             loop {
-                match self
-                    .follow(&source, &mut at, &mut known, &mut backoff)
-                    .await
-                {
+                match self.follow(&source, &mut backoff).await {
                     Ended::NobodyListens => return,
                     Ended::ListAgain => break,
                     Ended::Early(Some(Fault::Expired)) => break,
                     Ended::Early(fault) => self.wait(&mut backoff, fault, "watch").await,
                 }
                 match source.page(1, None).await {
-                    Ok(page) if page.revision < at => break,
+                    Ok(page) if page.revision < self.state.at => break,
                     Ok(_) => {}
                     Err(fault) => self.wait(&mut backoff, Some(fault), "probe").await,
                 }
@@ -131,19 +152,22 @@ impl<T: From<Seen> + Send + 'static> Feed<T> {
     }
 
     fn source(&self, selector: &str) -> Source {
-        Source::cluster(self.client.clone(), self.reading.plural, selector)
+        Source::cluster(self.access.clone(), self.reading.plural, selector)
     }
 
-    /// One watch, from `at` to its end.
-    async fn follow(
-        &mut self,
-        source: &Source,
-        at: &mut u64,
-        known: &mut BTreeSet<NodeName>,
-        backoff: &mut Backoff,
-    ) -> Ended {
+    /// What concerns one node only, if this kind can be asked so.
+    fn source_of(&self, node: &NodeName) -> Option<Source> {
+        match self.reading.kind {
+            Kind::Pod => Some(self.source(&format!("spec.nodeName={node}"))),
+            Kind::Node => Some(self.source(&format!("metadata.name={node}"))),
+            Kind::Services | Kind::ConfigMap | Kind::Secret | Kind::Unknown(_) => None,
+        }
+    }
+
+    /// One watch, from where the feed stands to the watch's end.
+    async fn follow(&mut self, source: &Source, backoff: &mut Backoff) -> Ended {
         let lifetime = Duration::from_secs(300).mul_f64(1.0 + rand::random::<f64>());
-        let mut lines = match source.watch(*at, lifetime).await {
+        let mut lines = match source.watch(self.state.at, lifetime).await {
             Ok(lines) => lines,
             Err(fault) => return Ended::Early(Some(fault)),
         };
@@ -152,32 +176,30 @@ impl<T: From<Seen> + Send + 'static> Feed<T> {
             let line = tokio::select! {
                 biased;
                 () = self.out.closed() => return Ended::NobodyListens,
-                Ok(()) = self.requests.changed() => return Ended::ListAgain,
-                () = edges_changed(&mut self.edges) => {
-                    match self.list_new(known).await {
-                        Ok(Ok(())) => continue,
-                        Ok(Err(_)) => return Ended::ListAgain,
-                        Err(Closed) => return Ended::NobodyListens,
-                    }
-                }
-                line = next_line(&mut lines) => line,
+                Ok(()) = self.list_again.changed() => return Ended::ListAgain,
+                () = edges_changed(&mut self.edges) => Err(self.list_new().await),
+                Some(ask) = self.asks.recv() => Err(self.list_asked(ask).await),
+                line = next_line(&mut lines) => Ok(line),
             };
             match line {
-                Ok(Some(line)) => {
+                Ok(Ok(Some(line))) => {
                     backoff.reset();
-                    match self.pass(line, known).await {
-                        Ok(revision) => *at = revision.max(*at),
+                    match self.pass(line).await {
+                        Ok(revision) => self.state.at = revision.max(self.state.at),
                         Err(Closed) => return Ended::NobodyListens,
                     }
                 }
-                Ok(None) => return Ended::Early(None),
-                Err(fault) => return Ended::Early(Some(fault)),
+                Ok(Ok(None)) => return Ended::Early(None),
+                Ok(Err(fault)) => return Ended::Early(Some(fault)),
+                Err(Ok(true)) => {}
+                Err(Ok(false)) => return Ended::ListAgain,
+                Err(Err(Closed)) => return Ended::NobodyListens,
             }
         }
     }
 
     /// Passes one event on. Gives the revision that it reached.
-    async fn pass(&self, line: Line, known: &BTreeSet<NodeName>) -> Result<u64, Closed> {
+    async fn pass(&self, line: Line) -> Result<u64, Closed> {
         let kind = self.reading.kind;
         let (raw, deleted) = match line {
             Line::Bookmark(revision) => {
@@ -191,7 +213,7 @@ impl<T: From<Seen> + Send + 'static> Feed<T> {
             return Ok(0);
         };
         let at = revision(&object).unwrap_or_default();
-        if self.concerns(&object, known) {
+        if self.concerns(&object) {
             let origin = Origin::Watch;
             self.tell(if deleted {
                 Seen::Deleted { kind, object }
@@ -209,18 +231,8 @@ impl<T: From<Seen> + Send + 'static> Feed<T> {
     }
 
     /// One whole list, page by page, at one revision.
-    async fn list(
-        &mut self,
-        source: &Source,
-        covered: Covered,
-        known: &BTreeSet<NodeName>,
-    ) -> Result<Result<u64, Fault>, Closed> {
+    async fn list(&mut self, source: &Source, covered: Covered) -> Listed {
         let kind = self.reading.kind;
-        // A list of some nodes answers no request.
-        let request = match covered {
-            Covered::All => *self.requests.borrow_and_update(),
-            Covered::Nodes(_) => 0,
-        };
         self.metrics.lists.add(1);
         let (mut limit, mut token, mut at) = (PAGE, None::<String>, None);
         loop {
@@ -238,6 +250,10 @@ impl<T: From<Seen> + Send + 'static> Feed<T> {
                 Err(fault) => return Ok(Err(fault)),
             };
             if at.is_none() {
+                // A list of one node cannot take the whole cluster back in time.
+                if covered != Covered::All && revision < self.state.at {
+                    return Ok(Err(Fault::Expired));
+                }
                 at = Some(revision);
                 let covered = covered.clone();
                 self.tell(Seen::ListBegins {
@@ -248,7 +264,7 @@ impl<T: From<Seen> + Send + 'static> Feed<T> {
                 .await?;
             }
             for raw in items {
-                if let Some(object) = self.parse(&raw).filter(|o| self.concerns(o, known)) {
+                if let Some(object) = self.parse(&raw).filter(|o| self.concerns(o)) {
                     let origin = Origin::List;
                     self.tell(Seen::Object {
                         kind,
@@ -261,11 +277,12 @@ impl<T: From<Seen> + Send + 'static> Feed<T> {
             token = next;
             if token.is_none() {
                 let revision = at.unwrap_or(revision);
+                let done = self.answered_by(&covered);
                 self.tell(Seen::ListEnds {
                     kind,
                     covered,
                     revision,
-                    request,
+                    done,
                 })
                 .await?;
                 return Ok(Ok(revision));
@@ -274,47 +291,77 @@ impl<T: From<Seen> + Send + 'static> Feed<T> {
     }
 
     /// Tells which nodes are edge nodes, and gives those that were not before.
-    async fn tell_edges(
-        &mut self,
-        known: &mut BTreeSet<NodeName>,
-    ) -> Result<BTreeSet<NodeName>, Closed> {
+    async fn tell_edges(&mut self) -> Result<BTreeSet<NodeName>, Closed> {
         let Some(edges) = &mut self.edges else {
             return Ok(BTreeSet::new());
         };
         let names = edges.borrow_and_update().clone();
-        let new = names.difference(known).cloned().collect();
-        *known = names.as_ref().clone();
+        let known = std::mem::replace(&mut self.state.known, names.as_ref().clone());
+        let new = names.difference(&known).cloned().collect();
         self.tell(Seen::EdgeNodes(names)).await?;
         Ok(new)
     }
 
-    /// Lists the Pods of nodes that became edge nodes while the watch was open. It stands between
-    /// two events, so each event that follows is either newer than the list or known to be older.
-    async fn list_new(&mut self, known: &mut BTreeSet<NodeName>) -> Result<Result<(), ()>, Closed> {
-        let new = self.tell_edges(known).await?;
-        if new.len() > LISTED_SINGLY {
-            return Ok(Err(()));
+    /// Lists the Pods of nodes that became edge nodes while the watch was open.
+    async fn list_new(&mut self) -> Result<bool, Closed> {
+        let new = self.tell_edges().await?;
+        self.list_nodes(new).await
+    }
+
+    /// Lists what was asked for, in this ask and in those that wait behind it.
+    async fn list_asked(&mut self, ask: Ask) -> Result<bool, Closed> {
+        self.state.owed.push(ask);
+        self.take_asks();
+        let nodes = self.state.owed.iter().map(|ask| ask.node.clone());
+        self.list_nodes(nodes.collect()).await
+    }
+
+    /// Lists these nodes one by one; false when everything must be listed. It stands between two
+    /// events, so each event that follows is either newer than the list or known to be older.
+    async fn list_nodes(&mut self, nodes: BTreeSet<NodeName>) -> Result<bool, Closed> {
+        if nodes.len() > LISTED_SINGLY {
+            return Ok(false);
         }
-        for node in new {
-            let source = self.source(&format!("spec.nodeName={node}"));
+        for node in nodes {
+            let Some(source) = self.source_of(&node) else {
+                return Ok(false);
+            };
             let covered = Covered::Nodes(BTreeSet::from([node]));
-            if let Err(fault) = self.list(&source, covered, known).await? {
-                tracing::warn!(%fault, "the Pods of a new edge node could not be listed");
-                return Ok(Err(()));
+            if let Err(fault) = self.list(&source, covered).await? {
+                let (error, kind) = (chain(&fault), self.reading.plural);
+                tracing::warn!(kind, error, "one node could not be listed; listing all");
+                return Ok(false);
             }
         }
-        Ok(Ok(()))
+        Ok(true)
+    }
+
+    /// Takes the asks that wait, and forgets those that nobody waits for any more.
+    fn take_asks(&mut self) {
+        self.state.owed.retain(|ask| !ask.done.is_closed());
+        while let Ok(ask) = self.asks.try_recv() {
+            self.state.owed.push(ask);
+        }
+    }
+
+    fn answered_by(&mut self, covered: &Covered) -> Vec<oneshot::Sender<()>> {
+        let covers = |ask: &mut Ask| match covered {
+            Covered::All => true,
+            Covered::Nodes(nodes) => nodes.contains(&ask.node),
+        };
+        let answered = self.state.owed.extract_if(.., covers);
+        answered.map(|ask| ask.done).collect()
     }
 
     /// Whether an object is anything to us: a Pod of a node that is not an edge's is dropped here,
     /// before it costs a place in the queue.
-    fn concerns(&self, object: &Value, known: &BTreeSet<NodeName>) -> bool {
+    fn concerns(&self, object: &Value) -> bool {
         if self.reading.kind != Kind::Pod {
             return true;
         }
         let node = object.pointer("/spec/nodeName").and_then(Value::as_str);
         node.and_then(|n| NodeName::parse(n).ok())
-            .is_some_and(|n| known.contains(&n))
+            .is_some_and(|n| self.state.known.contains(&n))
     }
 
     fn parse(&self, raw: &RawValue) -> Option<Value> {

@@ -75,9 +75,11 @@ pub enum Command {
     },
 }
 
-/// An object that could not be understood, or names what cannot exist. For an Event on the object.
+/// An object that cannot be sent as it is, for an Event on it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Malformed {
+    /// The Event's reason: one word, for programs.
+    pub reason: &'static str,
     pub kind: Kind,
     pub namespace: String,
     pub name: String,
@@ -95,8 +97,10 @@ pub struct Changes {
     pub views: BTreeSet<NodeName>,
     pub commands: Vec<Command>,
     pub malformed: Vec<Malformed>,
-    /// The cluster went back in time: all other feeds must list again.
+    /// The cluster went back in time.
     pub rewound: bool,
+    /// Every cluster-wide feed must list again: one of them saw the cluster go back.
+    pub list_again: bool,
 }
 
 #[derive(Debug, Default)]
@@ -130,6 +134,15 @@ pub struct Desired {
     pub objects: BTreeMap<ObjectKey, Arc<Versioned>>,
     /// Whether that is everything: nothing waits, every feed has listed once.
     pub complete: bool,
+    /// The revisions of the last lists of its Pods and of its Node object: its own marks, where
+    /// they are above those of the feeds.
+    pub listed: Listed,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Listed {
+    pub pods: u64,
+    pub node: u64,
 }
 
 /// The state of one edge node.
@@ -138,6 +151,8 @@ struct Edge {
     pods: BTreeSet<Arc<str>>,
     /// The revision of the last list that covered its Pods; a watch's event below it is old news.
     listed: Option<u64>,
+    /// The same for its Node object.
+    node_listed: Option<u64>,
 }
 
 #[derive(Default)]
@@ -273,6 +288,7 @@ impl Index {
     pub fn apply_node(&mut self, object: &Value, origin: Origin) {
         let Some((name, revision)) = node_identity(object) else {
             return self.changes.malformed.push(Malformed {
+                reason: pod::MALFORMED,
                 kind: Kind::Node,
                 namespace: String::new(),
                 name: text(object, "/metadata/name").unwrap_or_default().into(),
@@ -280,8 +296,12 @@ impl Index {
                 message: "the Node has no name or resourceVersion; it is ignored".into(),
             });
         };
-        if origin == Origin::List {
-            self.listing_nodes.insert(name.clone());
+        match origin {
+            Origin::List => {
+                self.listing_nodes.insert(name.clone());
+            }
+            Origin::Watch if self.is_old_news(&name, revision) => return,
+            Origin::Watch => {}
         }
         let key = ObjectKey::named(Kind::Node, "", name.as_str());
         let trimmed = Object::present(key, trim::node(object));
@@ -296,29 +316,34 @@ impl Index {
     }
 
     pub fn remove_node(&mut self, object: &Value) {
-        if let Some((name, _)) = node_identity(object)
+        if let Some((name, revision)) = node_identity(object)
+            && !self.is_old_news(&name, revision)
             && self.nodes.remove(&name).is_some()
         {
             self.node_changed(name);
         }
     }
 
-    pub fn node_list_ends(&mut self, revision: u64) {
+    pub fn node_list_ends(&mut self, covered: &Covered, revision: u64) {
         let seen = std::mem::take(&mut self.listing_nodes);
-        let gone: Vec<NodeName> = self
-            .nodes
-            .keys()
-            .filter(|n| !seen.contains(*n))
-            .cloned()
-            .collect();
-        for name in gone {
+        let asked = |name: &NodeName| match covered {
+            Covered::All => true,
+            Covered::Nodes(nodes) => nodes.contains(name),
+        };
+        let gone = self.nodes.keys().filter(|n| asked(n) && !seen.contains(*n));
+        for name in gone.cloned().collect::<Vec<_>>() {
             self.nodes.remove(&name);
             self.node_changed(name);
         }
-        if !std::mem::replace(&mut self.nodes_listed, true) {
-            self.all_changed();
+        for (name, edge) in self.edges.iter_mut().filter(|(name, _)| asked(name)) {
+            edge.node_listed = Some(revision);
+            self.changes.nodes.insert(name.clone());
         }
-        self.marks.nodes = revision;
+        if *covered == Covered::All {
+            self.nodes_listed = true;
+            self.changes.list_again |= revision < self.marks.nodes;
+            self.marks.nodes = revision;
+        }
     }
 
     pub fn node_progress(&mut self, revision: u64) {
@@ -344,6 +369,7 @@ impl Index {
     pub fn service_list_ends(&mut self, revision: u64) {
         let affected = self.services.list_ends(revision);
         self.services_changed(affected);
+        self.changes.list_again |= revision < self.marks.services;
         self.marks.services = revision;
     }
 
@@ -391,18 +417,31 @@ impl Index {
         self.shared.refused(reference, ticket, &mut self.orders);
     }
 
+    /// The server keeps refusing `reference` to `node`: says so of each Pod that waits for it.
+    pub fn stuck(&mut self, reference: &ObjectKey, node: &NodeName) {
+        let uids = self.edges.get(node).into_iter().flat_map(|e| &e.pods);
+        let pods = uids.filter_map(|uid| self.pods.get(uid));
+        let waiting = pods.filter(|p| p.waits_for(reference));
+        self.changes
+            .malformed
+            .extend(waiting.map(|p| p.refused(reference)));
+    }
+
     /// Asks for everything that the node's Pods name once more. Gives what was asked for.
     pub fn read_again(&mut self, node: &NodeName) -> Vec<ObjectKey> {
         self.shared.read_again(node, &mut self.orders)
     }
 
-    /// What the node must have, as of everything that was applied.
-    pub fn desired(&self, node: &NodeName) -> Desired {
-        let Some(edge) = self.edges.get(node) else {
-            return Desired::default();
-        };
+    /// What the node must have, as of everything that was applied. `None` while its Pods are not
+    /// known: it is no edge's node, or not listed yet. That is no empty set, and takes nothing away.
+    pub fn desired(&self, node: &NodeName) -> Option<Desired> {
+        let edge = self.edges.get(node).filter(|e| e.listed.is_some())?;
         let mut desired = Desired {
-            complete: edge.listed.is_some() && self.nodes_listed && self.services.is_listed(),
+            complete: self.nodes_listed && self.services.is_listed(),
+            listed: Listed {
+                pods: edge.listed.unwrap_or_default(),
+                node: edge.node_listed.unwrap_or_default(),
+            },
             ..Desired::default()
         };
         let mut namespaces = BTreeSet::new();
@@ -423,7 +462,7 @@ impl Index {
             .of(&namespaces)
             .for_each(|s| desired.add(Some(s)));
         desired.add(self.nodes.get(node));
-        desired
+        Some(desired)
     }
 
     /// The live state of the node's Pods, mirror Pods included.
@@ -517,6 +556,12 @@ impl Index {
             .extend(self.shared.nodes_wanting(reference).cloned());
     }
 
+    /// Whether a list of this Node object reached at least as far as a watch's event.
+    fn is_old_news(&self, name: &NodeName, revision: u64) -> bool {
+        let listed = self.edges.get(name).and_then(|e| e.node_listed);
+        listed.is_some_and(|listed| revision <= listed)
+    }
+
     fn node_changed(&mut self, name: NodeName) {
         if self.is_edge(&name) {
             self.changes.nodes.insert(name);
@@ -540,7 +585,12 @@ impl Index {
         self.pods.values_mut().for_each(Pod::rewind);
         self.shared.rewind(&mut self.orders);
         self.marks = Marks::default();
+        for edge in self.edges.values_mut() {
+            edge.listed = edge.listed.map(|_| 0);
+            edge.node_listed = None;
+        }
         self.changes.rewound = true;
+        self.changes.list_again = true;
     }
 }
 

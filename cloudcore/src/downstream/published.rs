@@ -12,14 +12,16 @@ use common::ids::{Kind, NodeName, ObjectKey};
 use tokio::sync::watch;
 
 use super::index::pod::PodView;
-use super::index::{Desired, Marks};
+use super::index::{Desired, Listed, Marks};
 use super::versioned::{Versioned, View};
 
 /// All that one node must have, at one moment.
 #[derive(Debug, Clone)]
 pub struct NodeSnapshot {
     pub objects: Arc<BTreeMap<ObjectKey, Arc<Versioned>>>,
-    /// Whether that is everything. Only then may an absence be read from it.
+    /// Whether that is everything: only then may the absence of a key be taken for a removal by
+    /// somebody who did not see it here before. A key that vanishes between two snapshots of one
+    /// feed was removed, complete or not.
     pub complete: bool,
     /// For each kind, the resourceVersion up to which this snapshot is known to hold everything.
     ///
@@ -49,6 +51,7 @@ impl NodeSnapshot {
 struct Set {
     objects: Arc<BTreeMap<ObjectKey, Arc<Versioned>>>,
     complete: bool,
+    listed: Listed,
 }
 
 type Views = Arc<BTreeMap<Arc<str>, Arc<PodView>>>;
@@ -84,7 +87,11 @@ impl NodeFeed {
     pub fn snapshot(&self) -> NodeSnapshot {
         // Before the objects: see the head of this file.
         let mut marks = self.published.marks();
-        let Set { objects, complete } = self.set.borrow().clone();
+        let set = self.set.borrow().clone();
+        let (objects, complete) = (set.objects, set.complete);
+        for (kind, listed) in [(Kind::Pod, set.listed.pods), (Kind::Node, set.listed.node)] {
+            marks.entry(kind).and_modify(|m| *m = listed.max(*m));
+        }
         for object in objects.values() {
             match object.object.key.kind {
                 kind @ (Kind::ConfigMap | Kind::Secret) => {
@@ -152,9 +159,13 @@ impl Published {
         read(&self.pods).get(uid).cloned()
     }
 
-    /// Stores a node's set and wakes its readers. False when nothing differs.
-    pub(super) fn set(&self, node: &NodeName, desired: Desired) -> bool {
+    /// Stores a node's set and wakes its readers. False when nothing differs. `None` is no set: the
+    /// objects stay, since whoever follows takes what is missing for removed, but completeness ends.
+    pub(super) fn set(&self, node: &NodeName, desired: Option<Desired>) -> bool {
         self.cell(node).set.send_if_modified(|set| {
+            let Some(desired) = desired else {
+                return std::mem::replace(&mut set.complete, false);
+            };
             let same = set.complete == desired.complete
                 && set.objects.len() == desired.objects.len()
                 && set
@@ -162,8 +173,11 @@ impl Published {
                     .values()
                     .zip(desired.objects.values())
                     .all(|(a, b)| Arc::ptr_eq(a, b));
+            // A later list of the same is not worth waking anybody.
+            set.listed = desired.listed;
             if !same {
                 *set = Set {
+                    listed: desired.listed,
                     objects: Arc::new(desired.objects),
                     complete: desired.complete,
                 };

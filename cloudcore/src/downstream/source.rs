@@ -1,6 +1,6 @@
 //! One list or one watch at the API server, as raw JSON.
 //!
-//! Takes a client, a collection and a selector; gives pages and lines, or a fault that says what
+//! Takes the clients, a collection and a selector; gives pages and lines, or a fault that says what
 //! to do next. Objects stay text until somebody needs them, so that no field is lost on the way and
 //! one malformed object costs one object. Every read has a byte limit and a deadline. Never: a
 //! retry (the feeds decide), content in an error or a log.
@@ -17,6 +17,9 @@ use serde_json::value::RawValue;
 use tokio::time::timeout;
 use tokio_util::codec::{FramedRead, LinesCodec, LinesCodecError};
 use tokio_util::io::StreamReader;
+
+use super::Clients;
+use common::ids::{NodeName, ObjectKey};
 
 /// The most that one page of a list may take. 500 ordinary Pods are 5 MB; a page above it is asked
 /// for again with fewer objects.
@@ -59,10 +62,28 @@ pub(super) enum Fault {
     Unreachable(#[source] kube::Error),
 }
 
-/// A collection of the core API, narrowed by a field selector.
+/// The API server: lists and watches have connections of their own.
 #[derive(Clone)]
+pub(super) struct Access {
+    lists: kube::Client,
+    watches: kube::Client,
+    mark_as_node: fn(&mut Request<Body>, &NodeName),
+}
+
+impl Access {
+    pub(super) fn of<C: Clients>(clients: &C) -> Self {
+        Self {
+            lists: clients.own(),
+            watches: clients.own_watch(),
+            mark_as_node: C::mark_as_node,
+        }
+    }
+}
+
+/// A collection of the core API, narrowed by a field selector, read as CloudCore or as a node.
 pub(super) struct Source {
-    client: kube::Client,
+    access: Access,
+    principal: Option<NodeName>,
     path: String,
     selector: String,
 }
@@ -84,21 +105,23 @@ pub(super) enum Line {
 
 impl Source {
     /// `plural` across the cluster.
-    pub(super) fn cluster(client: kube::Client, plural: &str, selector: &str) -> Self {
+    pub(super) fn cluster(access: Access, plural: &str, selector: &str) -> Self {
         Self {
-            client,
+            access,
+            principal: None,
             path: format!("/api/v1/{plural}"),
             selector: selector.into(),
         }
     }
 
-    /// One object of `namespace`, by its name: the form that the Node authorizer grants. Both are
-    /// DNS subdomains, so neither means anything in a path or a selector.
-    pub(super) fn object(client: kube::Client, plural: &str, namespace: &str, name: &str) -> Self {
+    /// One object by its name, as a node: the form that the Node authorizer grants. Namespace and
+    /// name are DNS subdomains, so neither means anything in a path or a selector.
+    pub(super) fn object(access: Access, node: NodeName, plural: &str, key: &ObjectKey) -> Self {
         Self {
-            client,
-            path: format!("/api/v1/namespaces/{namespace}/{plural}"),
-            selector: format!("metadata.name={name}"),
+            access,
+            principal: Some(node),
+            path: format!("/api/v1/namespaces/{}/{plural}", key.namespace),
+            selector: format!("metadata.name={}", key.name),
         }
     }
 
@@ -108,7 +131,8 @@ impl Source {
         let mut query = vec![("limit", limit.to_string())];
         query.extend(token.map(|t| ("continue", t.to_owned())));
         let read = async {
-            let body = Limited::new(self.send(query).await?.into_body(), PAGE_BYTES);
+            let response = self.send(&self.access.lists, query).await?;
+            let body = Limited::new(response.into_body(), PAGE_BYTES);
             let collected = body.collect().await.map_err(|error| {
                 if error.is::<LengthLimitError>() {
                     Fault::TooLarge
@@ -131,7 +155,7 @@ impl Source {
             ("resourceVersion", from.to_string()),
             ("timeoutSeconds", lifetime.as_secs().max(1).to_string()),
         ];
-        let response = timeout(ANSWER_DEADLINE, self.send(query))
+        let response = timeout(ANSWER_DEADLINE, self.send(&self.access.watches, query))
             .await
             .map_err(|_| Fault::Silent)??;
         let bytes = response.into_body().into_data_stream();
@@ -142,20 +166,23 @@ impl Source {
         ))))
     }
 
-    async fn send(&self, mut query: Vec<(&str, String)>) -> Result<Response<Body>, Fault> {
+    async fn send(
+        &self,
+        client: &kube::Client,
+        mut query: Vec<(&str, String)>,
+    ) -> Result<Response<Body>, Fault> {
         if !self.selector.is_empty() {
             query.push(("fieldSelector", self.selector.clone()));
         }
-        let request = Request::get(format!("{}?{}", self.path, encode(&query)))
+        let mut request = Request::get(format!("{}?{}", self.path, encode(&query)))
             .header(header::ACCEPT, "application/json")
             .header(header::ACCEPT_ENCODING, "identity")
             .body(Body::empty())
             .map_err(|e| Fault::Unreadable(e.to_string()))?;
-        let response = self
-            .client
-            .send(request)
-            .await
-            .map_err(Fault::Unreachable)?;
+        if let Some(node) = &self.principal {
+            (self.access.mark_as_node)(&mut request, node);
+        }
+        let response = client.send(request).await.map_err(Fault::Unreachable)?;
         if response.status().is_success() {
             return Ok(response);
         }

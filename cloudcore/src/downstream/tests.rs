@@ -13,7 +13,6 @@ use self::server::Server;
 use super::*;
 
 struct Running {
-    server: Server,
     handle: Downstream,
     edges: watch::Sender<Arc<BTreeSet<NodeName>>>,
     malformed: mpsc::Receiver<Malformed>,
@@ -28,7 +27,6 @@ impl Running {
         let (handle, task) = build(Config::default(), server.clone(), edge_nodes, reports);
         let stop = CancellationToken::new();
         Self {
-            server,
             handle,
             edges,
             malformed,
@@ -229,19 +227,17 @@ async fn a_node_that_becomes_an_edge_s_gets_the_pods_it_has() {
         running.handle.pod("v").is_none(),
         "nothing of other nodes is kept"
     );
+    let on_a = running.handle.feed(&node("a"));
     running.edges.send_replace(names(&["b"]));
     let snapshot = running.wait("b", has_pod("v")).await;
     assert!(!has_pod("u")(&snapshot));
-    running
-        .wait("b", |_| {
-            running
-                .handle
-                .feed(&node("a"))
-                .snapshot()
-                .objects
-                .is_empty()
-        })
-        .await;
+    // Nobody removed the Pod of the node that left: whoever still follows it must not think so.
+    assert!(has_pod("u")(&on_a.snapshot()) && !on_a.snapshot().complete);
+    assert!(running.handle.pod("u").is_none());
+
+    server.delete("pods", "p-u");
+    running.edges.send_replace(names(&["a", "b"]));
+    running.wait("a", |s| !has_pod("u")(s)).await;
     running.stop().await;
 }
 
@@ -281,6 +277,15 @@ async fn a_consistent_list_sees_what_a_deaf_watch_missed() {
     assert!(both.1.is_ok());
     let snapshot = running.handle.feed(&node("a")).snapshot();
     assert!(snapshot.complete && has_pod("v")(&snapshot) && has_secret("s", "Mg==")(&snapshot));
+    let log = server.log();
+    let of_all = log
+        .iter()
+        .filter(|l| l.contains("list pods") && l.contains("nodeName!= 500"));
+    assert_eq!(
+        of_all.count(),
+        1,
+        "the cluster's Pods are not listed again for one node"
+    );
     running.stop().await;
 }
 
@@ -375,5 +380,15 @@ async fn a_malformed_object_is_reported_and_the_loop_goes_on() {
         (report.name.as_str(), report.namespace.as_str()),
         ("p-odd", "ns")
     );
+
+    server.forbid("a", "s", u32::MAX);
+    server.put("pods", pod("v", "a", &["s"]));
+    let report = running.malformed.recv().await.unwrap();
+    assert_eq!(
+        (report.uid.as_str(), report.reason),
+        ("v", "ReferenceRefused")
+    );
+    let snapshot = running.handle.feed(&node("a")).snapshot();
+    assert!(!snapshot.complete && has_pod("u")(&snapshot) && !has_pod("v")(&snapshot));
     running.stop().await;
 }

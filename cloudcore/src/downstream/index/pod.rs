@@ -19,6 +19,10 @@ use crate::downstream::versioned::Versioned;
 /// A static Pod's image in the API, written by its own node: the node never gets it back.
 const MIRROR: &str = "kubernetes.io/config.mirror";
 
+/// The reason of an Event on an object that cannot be understood.
+pub(super) const MALFORMED: &str = "Malformed";
+const REFUSED: &str = "ReferenceRefused";
+
 /// The live state of a Pod of an edge node, for whoever writes its status.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodView {
@@ -60,15 +64,19 @@ impl Seen {
     pub(super) fn parse(object: &Value) -> Result<Self, Malformed> {
         let field = |path| text(object, path).unwrap_or_default();
         let (namespace, name) = (field("/metadata/namespace"), field("/metadata/name"));
-        let wrong = |message: &str| malformed(namespace, name, uid(object), message);
-        let uid = uid(object).ok_or_else(|| wrong("it has no valid metadata.uid"))?;
+        let wrong = |message: &str| report(MALFORMED, namespace, name, uid(object), message);
+        let uid = uid(object)
+            .ok_or_else(|| wrong("not sent to its edge node: metadata.uid is not valid"))?;
         if !is_name(namespace) || !is_name(name) {
-            return Err(wrong("its name or namespace is not a DNS subdomain"));
+            return Err(wrong(
+                "not sent to its edge node: its name or namespace is not valid",
+            ));
         }
         let node = NodeName::parse(field("/spec/nodeName"))
-            .map_err(|_| wrong("its spec.nodeName is not a node's name"))?;
-        let revision =
-            revision(object).ok_or_else(|| wrong("its resourceVersion is not a number"))?;
+            .map_err(|_| wrong("not sent to any node: spec.nodeName is not a node's name"))?;
+        let revision = revision(object).ok_or_else(|| {
+            wrong("not sent to its edge node: its resourceVersion is not a number")
+        })?;
         Ok(Self {
             uid: uid.into(),
             node,
@@ -118,14 +126,21 @@ fn mirror(object: &Value) -> Option<&str> {
         .as_str()
 }
 
-fn malformed(namespace: &str, name: &str, uid: Option<&str>, message: &str) -> Malformed {
+fn report(
+    reason: &'static str,
+    namespace: &str,
+    name: &str,
+    uid: Option<&str>,
+    message: &str,
+) -> Malformed {
     let cut = |text: &str| text.chars().take(253).collect();
     Malformed {
+        reason,
         kind: Kind::Pod,
         namespace: cut(namespace),
         name: cut(name),
         uid: uid.map(cut).unwrap_or_default(),
-        message: format!("this Pod cannot be sent to its edge node: {message}"),
+        message: message.into(),
     }
 }
 
@@ -248,6 +263,23 @@ impl Pod {
         }
     }
 
+    /// The report that this Pod waits because `reference` is refused to its node.
+    pub(super) fn refused(&self, reference: &ObjectKey) -> Malformed {
+        let view = &self.view;
+        let message = format!(
+            "waits for {reference}: the API server refuses it to node {}; check that CloudCore's \
+             role covers it in this namespace (tried again by itself)",
+            view.node
+        );
+        report(
+            REFUSED,
+            &view.namespace,
+            &view.name,
+            Some(&view.uid),
+            &message,
+        )
+    }
+
     /// The cluster went back in time: any answer from now on will do.
     pub(super) fn rewind(&mut self) {
         self.pending.values_mut().for_each(|least| *least = 1);
@@ -260,10 +292,11 @@ fn impossible(view: &PodView, names: &BTreeSet<String>) -> Option<Malformed> {
     }
     let shown: Vec<&str> = names.iter().take(5).map(String::as_str).collect();
     let message = format!(
-        "it names {shown:?} as a Secret or ConfigMap, and no object can have such a name; \
+        "names {shown:?} as a Secret or ConfigMap, but no object can have such a name; \
          correct the Pod's template"
     );
-    Some(malformed(
+    Some(report(
+        MALFORMED,
         &view.namespace,
         &view.name,
         Some(&view.uid),

@@ -75,7 +75,7 @@ impl World {
         };
         world.index.edge_nodes(&[node("a"), node("b")].into());
         world.list_pods(10, &[]);
-        world.index.node_list_ends(10);
+        world.index.node_list_ends(&Covered::All, 10);
         world.index.service_list_ends(10);
         world.drain();
         world.changed.clear();
@@ -161,7 +161,9 @@ impl World {
 
     /// What the node gets, in words: kind, name and content, Pods by UID.
     fn set(&self, on: &str) -> (Vec<String>, bool) {
-        let desired = self.index.desired(&node(on));
+        let Some(desired) = self.index.desired(&node(on)) else {
+            return (Vec::new(), false);
+        };
         let word = |versioned: &Arc<Versioned>| {
             let object = &versioned.object;
             let key = &object.key;
@@ -273,7 +275,7 @@ fn one_watch_serves_all_nodes_and_moves_when_its_own_leaves() {
     world.drain();
     assert_eq!(world.changed, [node("a"), node("b")].into());
     assert_eq!(world.set("b").0, ["pod v", "x 2"]);
-    let of = |n| world.index.desired(&node(n)).objects[&config("x")].clone();
+    let of = |n| world.index.desired(&node(n)).unwrap().objects[&config("x")].clone();
     assert!(Arc::ptr_eq(&of("a"), &of("b")), "held and encoded once");
 
     world.index.remove_pod(&pod("u", "a", 50, &["x"]));
@@ -417,7 +419,7 @@ fn a_mirror_pod_never_goes_down_but_is_seen() {
 fn an_ephemeral_container_s_references_are_read_before_it_goes_down() {
     let mut world = World::new();
     world.watch_pod(&pod("u", "a", 20, &[]));
-    let first = world.index.desired(&node("a"));
+    let first = world.index.desired(&node("a")).unwrap();
     let debug = json!([{"name": "d", "envFrom": [{"configMapRef": {"name": "x"}}]}]);
     world.watch_pod(&with(
         pod("u", "a", 21, &[]),
@@ -426,7 +428,7 @@ fn an_ephemeral_container_s_references_are_read_before_it_goes_down() {
     ));
     assert_eq!(world.said(), ["read x as a"]);
     let key = ObjectKey::pod("ns", "p-u", "u");
-    let waiting = world.index.desired(&node("a"));
+    let waiting = world.index.desired(&node("a")).unwrap();
     assert!(!waiting.complete);
     assert!(
         Arc::ptr_eq(&waiting.objects[&key], &first.objects[&key]),
@@ -434,7 +436,7 @@ fn an_ephemeral_container_s_references_are_read_before_it_goes_down() {
     );
     world.answer("x", "a", &answer("1", 5, 21));
     assert_ne!(
-        world.index.desired(&node("a")).objects[&key].object,
+        world.index.desired(&node("a")).unwrap().objects[&key].object,
         first.objects[&key].object
     );
 }
@@ -443,7 +445,7 @@ fn an_ephemeral_container_s_references_are_read_before_it_goes_down() {
 fn a_status_of_the_edge_changes_its_view_and_not_its_set() {
     let mut world = World::new();
     world.watch_pod(&pod("u", "a", 20, &[]));
-    let before = world.index.desired(&node("a"));
+    let before = world.index.desired(&node("a")).unwrap();
     (world.changed.clear(), world.viewed.clear());
     let status = json!({"phase": "Running", "podIP": "10.0.0.1"});
     world.watch_pod(&with(pod("u", "a", 21, &[]), "/status", status.clone()));
@@ -452,7 +454,7 @@ fn a_status_of_the_edge_changes_its_view_and_not_its_set() {
         (0, &[node("a")].into())
     );
     let key = ObjectKey::pod("ns", "p-u", "u");
-    let after = world.index.desired(&node("a"));
+    let after = world.index.desired(&node("a")).unwrap();
     assert!(Arc::ptr_eq(&before.objects[&key], &after.objects[&key]));
     let view = &world.index.views(&node("a"))["u"];
     assert_eq!((view.status(), &*view.resource_version), (status, "21"));
@@ -528,7 +530,10 @@ fn a_node_that_is_no_edge_any_more_is_forgotten() {
     world.index.edge_nodes(&[node("b")].into());
     world.drain();
     assert_eq!(world.said(), ["unwatch x"]);
-    assert_eq!(world.set("a"), (vec![], false));
+    assert!(
+        world.index.desired(&node("a")).is_none(),
+        "not an empty set, but none"
+    );
     assert_eq!(
         (world.index.pods_held(), world.index.references_held()),
         (0, 0)
@@ -541,13 +546,13 @@ fn a_node_that_is_no_edge_any_more_is_forgotten() {
 fn nothing_is_complete_before_every_feed_has_listed() {
     let mut index = Index::default();
     index.edge_nodes(&[node("a")].into());
-    let complete = |index: &Index| index.desired(&node("a")).complete;
+    let complete = |index: &Index| index.desired(&node("a")).is_some_and(|d| d.complete);
     index.pod_list_begins(&Covered::All, 5);
     index.pod_list_ends(&Covered::All, 5);
     assert!(!complete(&index));
     index.service_list_ends(5);
     assert!(!complete(&index));
-    index.node_list_ends(5);
+    index.node_list_ends(&Covered::All, 5);
     assert!(complete(&index));
 }
 
@@ -643,9 +648,39 @@ fn a_node_gets_its_own_node_object_and_no_other() {
     world.index.apply_node(&object("a", "1", 22), Origin::Watch);
     world.drain();
     assert!(world.changed.is_empty(), "a heartbeat is no change");
+    // Listed by itself at 40: the watch comes there later.
     world.index.node_list_begins();
-    world.index.node_list_ends(30);
+    world.index.apply_node(&object("a", "2", 35), Origin::List);
+    world
+        .index
+        .node_list_ends(&Covered::Nodes([node("a")].into()), 40);
+    world.index.apply_node(&object("a", "1", 30), Origin::Watch);
+    world.index.remove_node(&object("a", "1", 31));
+    assert_eq!(
+        world.set("a").0,
+        [r#"a {"metadata":{"labels":{"l":"2"},"name":"a"},"spec":{}}"#]
+    );
+    let listed = world.index.desired(&node("a")).unwrap().listed;
+    assert_eq!(
+        (listed, world.index.marks().nodes),
+        (Listed { pods: 10, node: 40 }, 10)
+    );
+    world.index.node_list_begins();
+    world.index.node_list_ends(&Covered::All, 50);
     assert!(world.set("a").0.is_empty());
+}
+
+#[test]
+fn a_reference_that_stays_refused_is_reported_on_each_pod_that_waits() {
+    let mut world = World::new();
+    world.watch_pod(&pod("u", "a", 20, &["x"]));
+    world.watch_pod(&pod("v", "a", 21, &["x", "y"]));
+    world.watch_pod(&pod("w", "a", 22, &["y"]));
+    world.index.stuck(&config("x"), &node("a"));
+    world.drain();
+    let names: Vec<&str> = world.malformed.iter().map(|m| m.name.as_str()).collect();
+    assert_eq!(names, ["p-u", "p-v"]);
+    assert!(world.malformed[0].message.contains("ConfigMap/ns/x"));
 }
 
 fn service(namespace: &str, name: &str, ip: &str) -> Value {
@@ -668,7 +703,7 @@ fn services_come_by_namespace_in_use_and_kubernetes_always() {
     }
     world.watch_pod(&pod("u", "a", 21, &[]));
     let services = |world: &World, on: &str| -> Vec<(String, Vec<String>)> {
-        let desired = world.index.desired(&node(on));
+        let desired = world.index.desired(&node(on)).unwrap();
         let lists = desired
             .objects
             .values()

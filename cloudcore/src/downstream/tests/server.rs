@@ -52,13 +52,21 @@ pub(super) struct Backup {
     objects: BTreeMap<(String, String), Value>,
 }
 
+/// The mark of a request that is made for a node.
+#[derive(Clone)]
+struct AsNode(NodeName);
+
 impl Clients for Server {
     fn own(&self) -> kube::Client {
-        self.client("cloudcore")
+        self.client()
     }
 
-    fn as_node(&self, node: &NodeName) -> kube::Client {
-        self.client(node.as_str())
+    fn own_watch(&self) -> kube::Client {
+        self.client()
+    }
+
+    fn mark_as_node(request: &mut Request<Body>, node: &NodeName) {
+        request.extensions_mut().insert(AsNode(node.clone()));
     }
 }
 
@@ -73,10 +81,12 @@ impl Server {
         self.0.lock().unwrap()
     }
 
-    fn client(&self, user: &str) -> kube::Client {
-        let (server, user) = (self.clone(), user.to_owned());
+    fn client(&self) -> kube::Client {
+        let server = self.clone();
         let service = tower::service_fn(move |request: Request<Body>| {
-            let answer = server.state().answer(&user, &request);
+            let node = request.extensions().get::<AsNode>();
+            let user = node.map_or("cloudcore", |n| n.0.as_str());
+            let answer = server.state().answer(user, &request);
             async move { Ok::<_, Infallible>(answer) }
         });
         kube::Client::new(service, "default")
