@@ -35,9 +35,9 @@ use tokio_util::sync::CancellationToken;
 
 use self::configs::{Configs, Told};
 use self::feed::{Ask, Feed, Seen};
-pub use self::index::Malformed;
 pub use self::index::pod::PodView;
 use self::index::{Changes, Index};
+pub use self::index::{Malformed, NodeLive};
 pub use self::metrics::Metrics;
 use self::published::Published;
 pub use self::published::{NodeFeed, NodeSnapshot, PodViews};
@@ -117,6 +117,24 @@ impl Downstream {
     /// The live state of a Pod of an edge node, by UID.
     pub fn pod(&self, uid: &str) -> Option<Arc<PodView>> {
         self.published.pod(uid)
+    }
+
+    /// Waits until Pods, Nodes and Services have been listed once. Cancel safe.
+    pub async fn listed(&self) {
+        if self
+            .published
+            .listed()
+            .wait_for(|listed| *listed)
+            .await
+            .is_err()
+        {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// The live state of an edge's Node.
+    pub fn node(&self, node: &NodeName) -> Option<Arc<NodeLive>> {
+        self.published.live_node(node)
     }
 
     /// The live state of all of a node's Pods, as it changes.
@@ -411,6 +429,8 @@ impl<C: Clients> Task<C> {
             .into_iter()
             .for_each(|command| configs.obey(command));
         for node in views {
+            self.published
+                .set_live_node(&node, self.index.live_node(&node));
             self.published.set_views(&node, self.index.views(&node));
         }
         for node in nodes {

@@ -88,6 +88,30 @@ pub struct Malformed {
     pub message: String,
 }
 
+/// The live state of an edge's Node, for whoever writes its status. A Node's status is some KB; the
+/// enrolled nodes bound their number.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeLive {
+    pub uid: Arc<str>,
+    pub resource_version: Arc<str>,
+    /// JSON text; an empty object when it has none.
+    pub status: Arc<[u8]>,
+}
+
+impl NodeLive {
+    fn of(object: &Value) -> Self {
+        let field = |path| text(object, path).unwrap_or_default().into();
+        let status = object
+            .get("status")
+            .map_or_else(|| "{}".to_owned(), Value::to_string);
+        Self {
+            uid: field("/metadata/uid"),
+            resource_version: field("/metadata/resourceVersion"),
+            status: status.into_bytes().into(),
+        }
+    }
+}
+
 /// What a call to the index brought about, until `take`.
 #[derive(Debug, Default)]
 pub struct Changes {
@@ -160,6 +184,7 @@ pub struct Index {
     edges: BTreeMap<NodeName, Edge>,
     pods: BTreeMap<Arc<str>, Pod>,
     nodes: BTreeMap<NodeName, Arc<Versioned>>,
+    live_nodes: BTreeMap<NodeName, Arc<NodeLive>>,
     services: Services,
     shared: Shared,
     marks: Marks,
@@ -303,6 +328,15 @@ impl Index {
             Origin::Watch if self.is_old_news(&name, revision) => return,
             Origin::Watch => {}
         }
+        // By its label, since a Node may be seen before its enrolment is.
+        if object
+            .pointer("/metadata/labels/node-role.kubernetes.io~1edge")
+            .is_some()
+        {
+            self.live_nodes
+                .insert(name.clone(), Arc::new(NodeLive::of(object)));
+            self.changes.views.insert(name.clone());
+        }
         let key = ObjectKey::named(Kind::Node, "", name.as_str());
         let trimmed = Object::present(key, trim::node(object));
         let next = match self.nodes.get(&name) {
@@ -315,11 +349,18 @@ impl Index {
         }
     }
 
+    /// The live state of an edge's Node.
+    pub fn live_node(&self, node: &NodeName) -> Option<Arc<NodeLive>> {
+        self.live_nodes.get(node).cloned()
+    }
+
     pub fn remove_node(&mut self, object: &Value) {
         if let Some((name, revision)) = node_identity(object)
             && !self.is_old_news(&name, revision)
             && self.nodes.remove(&name).is_some()
         {
+            self.live_nodes.remove(&name);
+            self.changes.views.insert(name.clone());
             self.node_changed(name);
         }
     }

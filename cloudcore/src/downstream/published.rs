@@ -11,6 +11,7 @@ use std::sync::{Arc, RwLock};
 use common::ids::{Kind, NodeName, ObjectKey};
 use tokio::sync::watch;
 
+use super::index::NodeLive;
 use super::index::pod::PodView;
 use super::index::{Desired, Listed, Marks};
 use super::versioned::{Versioned, View};
@@ -73,7 +74,10 @@ struct Feeds {
 pub(super) struct Published {
     cells: RwLock<HashMap<NodeName, Arc<Cell>>>,
     pods: RwLock<HashMap<Arc<str>, Arc<PodView>>>,
+    nodes: RwLock<HashMap<NodeName, Arc<NodeLive>>>,
     feeds: Feeds,
+    /// Each cluster-wide feed has been listed once.
+    listed: watch::Sender<bool>,
 }
 
 /// A node's desired set, as it changes.
@@ -155,6 +159,22 @@ impl Published {
         PodViews(self.cell(node).views.subscribe())
     }
 
+    pub(super) fn listed(&self) -> watch::Receiver<bool> {
+        self.listed.subscribe()
+    }
+
+    pub(super) fn live_node(&self, node: &NodeName) -> Option<Arc<NodeLive>> {
+        read(&self.nodes).get(node).cloned()
+    }
+
+    pub(super) fn set_live_node(&self, node: &NodeName, live: Option<Arc<NodeLive>>) {
+        let mut nodes = write(&self.nodes);
+        match live {
+            Some(live) => nodes.insert(node.clone(), live),
+            None => nodes.remove(node),
+        };
+    }
+
     pub(super) fn pod(&self, uid: &str) -> Option<Arc<PodView>> {
         read(&self.pods).get(uid).cloned()
     }
@@ -204,6 +224,9 @@ impl Published {
         self.feeds.pods.set(marks.pods);
         self.feeds.nodes.set(marks.nodes);
         self.feeds.services.set(marks.services);
+        let all = marks.pods > 0 && marks.nodes > 0 && marks.services > 0;
+        self.listed
+            .send_if_modified(|listed| all && !std::mem::replace(listed, true));
     }
 
     /// Forgets nodes that are no edge's any more and that nobody follows.

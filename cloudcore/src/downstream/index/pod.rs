@@ -31,6 +31,8 @@ pub struct PodView {
     pub uid: Arc<str>,
     pub resource_version: Arc<str>,
     pub node: NodeName,
+    /// `spec.serviceAccountName`.
+    pub service_account: Arc<str>,
     /// RFC 3339, as the API server wrote it.
     pub deletion_timestamp: Option<Arc<str>>,
     /// The hash in the annotation of a mirror Pod, by which its static Pod is known.
@@ -43,6 +45,11 @@ impl PodView {
     /// The Pod's whole status as the API server holds it; an empty object when it has none.
     pub fn status(&self) -> Value {
         serde_json::from_slice(&self.status).unwrap_or_else(|_| Value::Object(Default::default()))
+    }
+
+    /// The same as JSON text.
+    pub fn status_bytes(&self) -> Arc<[u8]> {
+        self.status.clone()
     }
 
     /// The Pod's tolerations, if one of them ends after some seconds: what autonomy edits.
@@ -101,6 +108,9 @@ impl Seen {
             uid: self.uid.clone(),
             resource_version: self.revision.to_string().into(),
             node: self.node.clone(),
+            service_account: text(object, "/spec/serviceAccountName")
+                .unwrap_or_default()
+                .into(),
             deletion_timestamp: text(object, "/metadata/deletionTimestamp").map(Into::into),
             mirror: mirror(object).map(Into::into),
             status: status.into_bytes().into(),
