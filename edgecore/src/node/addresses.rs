@@ -21,7 +21,7 @@ use nix::sys::time::TimeVal;
 
 /// Why an address is not held.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {what} the address {address} on {interface}: {source}")]
+#[error("cannot {what} the address {address} on {interface}")]
 pub struct AddressError {
     what: &'static str,
     address: IpAddr,
