@@ -763,6 +763,40 @@ mod tests {
         assert_eq!(shares("burstable/podother"), "1024");
     }
 
+    /// On the device's own tree, whichever version it has.
+    #[test]
+    fn the_kernel_takes_the_limits() {
+        assert!(
+            nix::unistd::geteuid().is_root(),
+            "cgroups are the kernel's: run this test as root, with /sys/fs/cgroup writable"
+        );
+        let uid = format!("test-{}", std::process::id());
+        let container = resources(
+            json!({"cpu": "100m"}),
+            json!({"cpu": "500m", "memory": "64Mi"}),
+        );
+        let pod = pod(json!({"metadata": {"uid": uid}, "spec": {"containers": [container]}}));
+        let cgroups = Cgroups::detect(None);
+        cgroups.ensure(&pod).unwrap();
+        cgroups.ensure(&pod).unwrap();
+        let path = cgroupfs_path(&uid, Qos::Burstable);
+        let (cpu, memory) = match cgroups.version {
+            Version::V1 => ("cpu", "memory/"),
+            Version::Unified => ("", ""),
+        };
+        let cpu = cgroups.root.join(cpu).join(&path);
+        let memory = cgroups.root.join(memory).join(&path);
+        let (quota, limit) = match cgroups.version {
+            Version::V1 => ("cpu.cfs_quota_us", "memory.limit_in_bytes"),
+            Version::Unified => ("cpu.max", "memory.max"),
+        };
+        let (quota, limit) = (read(cpu.join(quota)), read(memory.join(limit)));
+        cgroups.remove(&uid, Qos::Burstable).unwrap();
+        assert!(quota.starts_with("50000"), "{quota}");
+        assert_eq!(limit.trim(), "67108864");
+        assert!(!cpu.exists() && !memory.exists());
+    }
+
     #[test]
     fn removal_takes_what_is_below_and_is_idempotent() {
         for (driver, path) in [
