@@ -229,9 +229,6 @@ impl Job {
     fn sandbox_config(&self, attempt: u32) -> Result<api::PodSandboxConfig, String> {
         let host = std::fs::read_to_string(&self.paths.resolv_conf).unwrap_or_default();
         let dns = dns::dns_config(&self.pod, &self.environment, &host);
-        if let Some((reason, message)) = &dns.warning {
-            self.emit(None, EventType::Warning, reason, message.clone());
-        }
         let hostname = dns::hostname(&self.pod, &self.environment);
         if let Some(problem) = &hostname.problem {
             return Err(problem.clone());
@@ -247,6 +244,14 @@ impl Job {
         }))
     }
 
+    fn warn_of_dns(&self) {
+        let host = std::fs::read_to_string(&self.paths.resolv_conf).unwrap_or_default();
+        let dns = dns::dns_config(&self.pod, &self.environment, &host);
+        if let Some((reason, message)) = dns.warning {
+            self.emit(None, EventType::Warning, reason, message);
+        }
+    }
+
     async fn run_sandbox(&self, attempt: u32) -> Outcome {
         let made = async {
             std::fs::create_dir_all(self.log_directory()).map_err(|e| {
@@ -259,6 +264,7 @@ impl Job {
                 .ensure(&self.pod)
                 .map_err(|e| format!("cannot make the Pod's cgroup: {e}"))?;
             let config = self.sandbox_config(attempt)?;
+            self.warn_of_dns();
             let handler = self.runtime_handler();
             self.cri
                 .run_sandbox(config, handler)

@@ -139,9 +139,9 @@ impl Worker {
                 }
                 Some(ended) = self.jobs.join_next_with_id() => self.ended(ended),
                 () = self.waker.wake.notified() => {}
-                _ = environment.changed() => {}
-                _ = runtime.changed() => {}
-                _ = releases.changed(), if !self.memory.granted => self.memory.retries.clear(),
+                () = changed(&mut environment) => {}
+                () = changed(&mut runtime) => {}
+                () = changed(&mut releases), if !self.memory.granted => self.memory.retries.clear(),
                 () = timer, if wait.is_some() => {}
             }
         }
@@ -222,7 +222,9 @@ impl Worker {
         self.pending_times(&pod, intent, now, &mut shorten);
         let gone = plan.gone && intent == Intent::Delete;
         self.say(status, gone);
-        self.set_lively(&pod, intent, &observed, &plan, now);
+        if let Some(settles) = self.set_lively(&pod, intent, &observed, &plan, now) {
+            wait = Some(wait.map_or(settles, |w| w.min(settles)));
+        }
         if plan.gone && matches!(intent, Intent::Delete | Intent::Remove) {
             self.shared.ledger.release(&self.key.uid);
             if intent == Intent::Remove {
@@ -629,23 +631,20 @@ impl Worker {
         self.said = Some(status);
     }
 
-    fn set_lively(&self, pod: &Pod, intent: Intent, observed: &Observed, plan: &Plan, now: Now) {
-        let settled = |c: &ContainerSeen| {
-            let started = Timestamp::from_nanosecond(i128::from(c.started_at)).unwrap_or(now.wall);
-            Duration::try_from(now.wall.duration_since(started)).unwrap_or_default() > SETTLED
-        };
-        let mut running = observed.containers.iter().filter(|c| c.may_run());
-        let rests = match intent {
-            Intent::Run => {
-                let all_up = plan::mains(pod).iter().all(|c| {
-                    let newest = observed.newest(&c.name);
-                    newest.is_some_and(|n| n.run == Run::Running && settled(n))
-                });
-                plan::policy(pod) == Policy::Always && all_up && plan.steps.is_empty()
-            }
-            Intent::Finish | Intent::Delete | Intent::Remove => running.next().is_none(),
-        };
-        self.shared.wakers.set_lively(&self.waker, !rests);
+    /// Says whether the Pod is at rest; gives when to look whether it has come to rest.
+    fn set_lively(
+        &self,
+        pod: &Pod,
+        intent: Intent,
+        observed: &Observed,
+        plan: &Plan,
+        now: Now,
+    ) -> Option<Duration> {
+        let restless = restless(pod, intent, observed, plan, now);
+        self.shared
+            .wakers
+            .set_lively(&self.waker, restless.is_some());
+        restless.flatten()
     }
 
     fn collect_ended(&mut self) {
@@ -747,6 +746,13 @@ impl Worker {
     }
 }
 
+/// Waits for a change; for ever where nobody can make one any more.
+async fn changed<T>(receiver: &mut watch::Receiver<T>) {
+    if receiver.changed().await.is_err() {
+        std::future::pending().await
+    }
+}
+
 /// What is wanted of the Pod before its containers are asked.
 fn intent(wanted: &DesiredPod, pod: &Pod) -> Intent {
     if wanted.removed {
@@ -756,6 +762,34 @@ fn intent(wanted: &DesiredPod, pod: &Pod) -> Intent {
     } else {
         Intent::Run
     }
+}
+
+/// `Some` while something of the Pod is expected to change by itself, with the time after which it
+/// may have come to rest.
+fn restless(
+    pod: &Pod,
+    intent: Intent,
+    observed: &Observed,
+    plan: &Plan,
+    now: Now,
+) -> Option<Option<Duration>> {
+    if intent.ends() {
+        return observed.any_running().then_some(None);
+    }
+    if plan::policy(pod) != Policy::Always || !plan.steps.is_empty() {
+        return Some(None);
+    }
+    let mut youngest = Duration::MAX;
+    for c in plan::mains(pod) {
+        let running = observed.newest(&c.name).filter(|n| n.run == Run::Running);
+        let Some(running) = running else {
+            return Some(None);
+        };
+        let started = Timestamp::from_nanosecond(i128::from(running.started_at));
+        let age = now.wall.duration_since(started.unwrap_or(now.wall));
+        youngest = youngest.min(Duration::try_from(age).unwrap_or_default());
+    }
+    (youngest < SETTLED).then(|| Some(SETTLED - youngest))
 }
 
 /// What is left of `activeDeadlineSeconds`; `None` where there is none.
