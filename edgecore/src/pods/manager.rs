@@ -278,6 +278,8 @@ impl Health {
                 biased;
                 () = shutdown.cancelled() => return,
                 () = tokio::time::sleep(if well { WELL } else { UNWELL }) => {}
+                // One that is known to be unwell is looked at often enough.
+                () = self.shared.wakers.doubted(), if well => {}
             }
         }
     }

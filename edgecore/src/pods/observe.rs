@@ -142,6 +142,7 @@ pub struct Wakers {
 struct WakersInner {
     map: Mutex<BTreeMap<String, Arc<Waker>>>,
     livened: Notify,
+    doubted: Notify,
 }
 
 impl Wakers {
@@ -180,6 +181,16 @@ impl Wakers {
         if waker.lively.swap(lively, Ordering::Relaxed) != lively && lively {
             self.inner.livened.notify_one();
         }
+    }
+
+    /// Somebody got no answer from the runtime: its health must be looked at now.
+    pub fn doubt(&self) {
+        self.inner.doubted.notify_one();
+    }
+
+    /// Waits for a doubt.
+    pub async fn doubted(&self) {
+        self.inner.doubted.notified().await;
     }
 
     fn any_lively(&self) -> bool {
@@ -267,8 +278,9 @@ impl Watcher {
             self.cri.list_sandboxes(None),
             self.cri.list_containers(None),
         );
-        let Ok((sandboxes, containers)) = lists.await else {
-            return;
+        let (sandboxes, containers) = match lists.await {
+            Ok(lists) => lists,
+            Err(_) => return self.wakers.doubt(),
         };
         let uid = |labels: &std::collections::HashMap<String, String>| {
             labels.get(convert::POD_UID).cloned().unwrap_or_default()

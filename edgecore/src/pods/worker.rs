@@ -249,8 +249,12 @@ impl Worker {
         let uid = self.key.uid.clone();
         let seen = observe::look(&*self.shared.cri, &uid, &mut self.cache, last_words).await;
         let mut observed = seen.map_err(|e| match e.failure {
-            // The manager wakes everybody when the runtime is back.
-            Failure::Unavailable => Duration::from_secs(60),
+            Failure::Unavailable => {
+                self.shared.wakers.doubt();
+                // A runtime that is known to be away wakes everybody when it is back.
+                let known = !self.shared.runtime.borrow().ready;
+                Duration::from_secs(if known { 60 } else { 1 })
+            }
             Failure::NotFound | Failure::Unimplemented | Failure::Deadline | Failure::Refused => {
                 tracing::warn!(pod = %self.key, error = %e, "the runtime could not be asked about a Pod");
                 Duration::from_secs(2)

@@ -460,8 +460,25 @@ async fn a_missing_runtime_is_reported_and_waited_for() {
         "a runtime that is away says nothing about its Pods"
     );
     d.fake.set_down(false);
+    let took = d
+        .until("the second runs", || d.phase(&second) == "Running")
+        .await;
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    assert_eq!(d.fake.running(), ["main/0", "main/0"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_runtime_that_was_away_for_a_moment_holds_nobody_up() {
+    let d = Device::new();
+    let agent = d.start();
+    let mut runtime = agent.handle.runtime.clone();
     runtime.wait_for(|r| r.ready).await.unwrap();
-    assert_eq!(d.fake.running(), ["main/0"]);
+    d.fake.set_down(true);
+    let key = d.put(&pod("web", "u1"));
+    sleep(Duration::from_millis(300)).await;
+    d.fake.set_down(false);
+    let took = d.until("running", || d.phase(&key) == "Running").await;
+    assert!(took < Duration::from_secs(2), "{took:?}");
 }
 
 #[tokio::test(start_paused = true)]
