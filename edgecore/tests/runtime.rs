@@ -28,7 +28,7 @@ async fn a_pod_runs_with_an_address_and_a_log_and_leaves_nothing_behind() {
     );
     let key = kept.put(&spec);
     let (report, took) = kept.until("running", &key, |r| phase(r) == "Running").await;
-    println!("create to Running: {took:?}");
+    eprintln!("create to Running: {took:?}");
     let status = &report.status;
     assert_eq!(status["hostIP"], "192.0.2.7");
     assert!(
@@ -52,7 +52,7 @@ async fn a_pod_runs_with_an_address_and_a_log_and_leaves_nothing_behind() {
     spec["metadata"]["deletionGracePeriodSeconds"] = json!(1);
     kept.put(&spec);
     let (report, took) = kept.until("gone", &key, |r| r.gone).await;
-    println!("delete to gone: {took:?}");
+    eprintln!("delete to gone: {took:?}");
     assert_eq!(phase(&report), "Succeeded");
     assert!(took < Duration::from_secs(10));
     let cri = containerd.client();

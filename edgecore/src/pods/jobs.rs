@@ -108,8 +108,11 @@ impl Trouble {
 
 impl Job {
     fn emit(&self, container: Option<&str>, kind: EventType, reason: &str, message: String) {
-        self.events
-            .emit(PodEvent::new(&self.key, container, kind, reason, message));
+        let mut event = PodEvent::new(&self.key, container, kind, reason, message);
+        if let Some(name) = container {
+            event.field_path = plan::field_path(&self.pod, name);
+        }
+        self.events.emit(event);
     }
 
     fn spec_of(&self, name: &str) -> Option<Container> {
@@ -473,11 +476,11 @@ impl Job {
         let hook = container
             .as_ref()
             .and_then(|c| c.lifecycle.as_ref()?.pre_stop.as_ref());
-        if let (Some(hook), Some(container), true) = (hook, &container, self.pre_stop) {
-            if let Err(why) = lifecycle::run(&self.place(container, id), hook, self.grace).await {
-                let message = format!("PreStopHook failed: {why}");
-                self.emit(Some(name), EventType::Warning, "FailedPreStopHook", message);
-            }
+        if let (Some(hook), Some(container), true) = (hook, &container, self.pre_stop)
+            && let Err(why) = lifecycle::run(&self.place(container, id), hook, self.grace).await
+        {
+            let message = format!("PreStopHook failed: {why}");
+            self.emit(Some(name), EventType::Warning, "FailedPreStopHook", message);
         }
         // Every container gets time for its stop signal, even where a hook used up the grace.
         let floor = self

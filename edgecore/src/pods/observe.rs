@@ -127,7 +127,10 @@ async fn look_at_container(
 /// One worker as those who wake it know it.
 #[derive(Debug, Default)]
 pub struct Waker {
+    /// The runtime holds something else of the Pod than it did.
     pub wake: Notify,
+    /// Some object of the desired set changed; whether the Pod refers to it is for its worker to see.
+    pub objects: Notify,
     /// Something of the Pod is expected to change by itself.
     pub lively: AtomicBool,
 }
@@ -170,9 +173,10 @@ impl Wakers {
         found.is_some()
     }
 
-    pub fn wake_all(&self) {
+    /// Tells every worker that the desired set changed.
+    pub fn objects_changed(&self) {
         for waker in self.map().values() {
-            waker.wake.notify_one();
+            waker.objects.notify_one();
         }
     }
 

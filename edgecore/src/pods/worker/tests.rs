@@ -453,7 +453,13 @@ async fn a_missing_runtime_is_reported_and_waited_for() {
     assert!(runtime.borrow().ready && runtime.borrow().name == "fake");
 
     d.fake.set_down(true);
+    let began = Instant::now();
+    let second = d.put(&pod("next", "u2"));
     runtime.wait_for(|r| !r.ready).await.unwrap();
+    assert!(
+        began.elapsed() < Duration::from_secs(1),
+        "whoever gets no answer raises the alarm"
+    );
     assert_eq!(
         d.phase(&key),
         "Running",
@@ -725,6 +731,44 @@ async fn orphans_are_removed_only_once_the_cloud_has_said_that_the_set_is_comple
         ..Default::default()
     });
     lost.until("removed", || lost.fake.is_empty()).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_object_of_others_costs_a_pod_nothing() {
+    let d = Device::new();
+    let _agent = d.start();
+    let keys: Vec<_> = (0..10)
+        .map(|n| d.put(&pod(&format!("p{n}"), &format!("u{n}"))))
+        .collect();
+    d.until("running", || keys.iter().all(|k| d.phase(k) == "Running"))
+        .await;
+    sleep(Duration::from_secs(60)).await;
+    d.fake.count_looks();
+    for n in 0..100 {
+        d.put_object(
+            ObjectKey::named(Kind::ConfigMap, "default", "others"),
+            json!({"data": {"n": n.to_string()}}),
+        );
+        sleep(Duration::from_millis(1)).await;
+    }
+    let looks = d.fake.count_looks();
+    assert!(looks < 5, "{looks} calls");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_said_to_be_gone_is_not_taken_back_by_a_new_agent() {
+    let d = Device::new();
+    let agent = d.start();
+    let key = d.put(&pod("web", "u1"));
+    d.until("running", || d.phase(&key) == "Running").await;
+    d.put(&deleted(pod("web", "u1"), 1));
+    d.until("gone", || d.gone(&key)).await;
+    agent.stop().await;
+    let mut changes = d.reports.changes();
+    changes.borrow_and_update();
+    let _agent = d.start();
+    sleep(Duration::from_secs(60)).await;
+    assert!(!changes.has_changed().unwrap(), "{:?}", d.reports.pod(&key));
 }
 
 #[tokio::test(start_paused = true)]
