@@ -83,7 +83,7 @@ impl Device {
         let environment = Environment {
             node_name: "edge-1".into(),
             node_ip: "192.0.2.7".parse().unwrap(),
-            cluster_dns: None,
+            cluster_dns: Some("10.96.0.10".parse().unwrap()),
             cluster_domain: "cluster.local".into(),
             api_service: None,
             allocatable_cpu_millis: 2000,
@@ -453,15 +453,38 @@ async fn a_missing_runtime_is_reported_and_waited_for() {
     assert!(runtime.borrow().ready && runtime.borrow().name == "fake");
 
     d.fake.set_down(true);
+    let began = Instant::now();
+    let second = d.put(&pod("next", "u2"));
     runtime.wait_for(|r| !r.ready).await.unwrap();
+    assert!(
+        began.elapsed() < Duration::from_secs(1),
+        "whoever gets no answer raises the alarm"
+    );
     assert_eq!(
         d.phase(&key),
         "Running",
         "a runtime that is away says nothing about its Pods"
     );
     d.fake.set_down(false);
+    let took = d
+        .until("the second runs", || d.phase(&second) == "Running")
+        .await;
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    assert_eq!(d.fake.running(), ["main/0", "main/0"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_runtime_that_was_away_for_a_moment_holds_nobody_up() {
+    let d = Device::new();
+    let agent = d.start();
+    let mut runtime = agent.handle.runtime.clone();
     runtime.wait_for(|r| r.ready).await.unwrap();
-    assert_eq!(d.fake.running(), ["main/0"]);
+    d.fake.set_down(true);
+    let key = d.put(&pod("web", "u1"));
+    sleep(Duration::from_millis(300)).await;
+    d.fake.set_down(false);
+    let took = d.until("running", || d.phase(&key) == "Running").await;
+    assert!(took < Duration::from_secs(2), "{took:?}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -708,6 +731,44 @@ async fn orphans_are_removed_only_once_the_cloud_has_said_that_the_set_is_comple
         ..Default::default()
     });
     lost.until("removed", || lost.fake.is_empty()).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_object_of_others_costs_a_pod_nothing() {
+    let d = Device::new();
+    let _agent = d.start();
+    let keys: Vec<_> = (0..10)
+        .map(|n| d.put(&pod(&format!("p{n}"), &format!("u{n}"))))
+        .collect();
+    d.until("running", || keys.iter().all(|k| d.phase(k) == "Running"))
+        .await;
+    sleep(Duration::from_secs(60)).await;
+    d.fake.count_looks();
+    for n in 0..100 {
+        d.put_object(
+            ObjectKey::named(Kind::ConfigMap, "default", "others"),
+            json!({"data": {"n": n.to_string()}}),
+        );
+        sleep(Duration::from_millis(1)).await;
+    }
+    let looks = d.fake.count_looks();
+    assert!(looks < 5, "{looks} calls");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_said_to_be_gone_is_not_taken_back_by_a_new_agent() {
+    let d = Device::new();
+    let agent = d.start();
+    let key = d.put(&pod("web", "u1"));
+    d.until("running", || d.phase(&key) == "Running").await;
+    d.put(&deleted(pod("web", "u1"), 1));
+    d.until("gone", || d.gone(&key)).await;
+    agent.stop().await;
+    let mut changes = d.reports.changes();
+    changes.borrow_and_update();
+    let _agent = d.start();
+    sleep(Duration::from_secs(60)).await;
+    assert!(!changes.has_changed().unwrap(), "{:?}", d.reports.pod(&key));
 }
 
 #[tokio::test(start_paused = true)]
