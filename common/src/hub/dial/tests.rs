@@ -106,8 +106,7 @@ async fn quic_is_preferred_and_the_remembered_transport_goes_first() {
         let mut options = auto(&cloud);
         options.remembered = remembered;
         let target = cloud.target();
-        let (edge, _served) =
-            tokio::join!(dial(&target, &device, &options), cloud.next_session());
+        let (edge, _served) = tokio::join!(dial(&target, &device, &options), cloud.next_session());
         assert_eq!(edge.expect("dial").kind(), expected);
     }
 }
@@ -121,7 +120,11 @@ async fn where_udp_is_silent_a_session_stands_within_three_seconds() {
     let started = Instant::now();
     let (edge, _served) = tokio::join!(dial(&target, &device, &options), cloud.next_session());
     assert_eq!(edge.expect("dial").kind(), TransportKind::WebSocket);
-    assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
+    assert!(
+        started.elapsed() < Duration::from_secs(3),
+        "{:?}",
+        started.elapsed()
+    );
 }
 
 #[tokio::test]
@@ -135,10 +138,17 @@ async fn nothing_there_is_told_for_each_transport_and_the_next_endpoint_is_tried
     options.deadline = Duration::from_millis(500);
     options.head_start = Duration::from_millis(50);
     let mut target = cloud.target_at(nowhere);
-    let error = dial(&target, &device, &options).await.expect_err("nothing there");
+    let error = dial(&target, &device, &options)
+        .await
+        .expect_err("nothing there");
     let text = error.to_string();
-    assert!(text.contains("by quic") && text.contains("by websocket"), "{text}");
-    target.endpoints.insert(0, Endpoint::new("no-such-host.invalid", 1));
+    assert!(
+        text.contains("by quic") && text.contains("by websocket"),
+        "{text}"
+    );
+    target
+        .endpoints
+        .insert(0, Endpoint::new("no-such-host.invalid", 1));
     target.endpoints.extend(cloud.target().endpoints);
     let (edge, _served) = tokio::join!(dial(&target, &device, &options), cloud.next_session());
     edge.expect("the last endpoint answers");
@@ -168,8 +178,14 @@ async fn a_link_that_falls_silent_is_noticed_at_both_ends() {
             tokio::time::timeout(SOON, edge.closed()),
             tokio::time::timeout(SOON, served.closed()),
         );
-        assert!(matches!(here, Ok(TransportError::Timeout(_))), "{kind}: {here:?}");
-        assert!(matches!(there, Ok(TransportError::Timeout(_))), "{kind}: {there:?}");
+        assert!(
+            matches!(here, Ok(TransportError::Timeout(_))),
+            "{kind}: {here:?}"
+        );
+        assert!(
+            matches!(there, Ok(TransportError::Timeout(_))),
+            "{kind}: {there:?}"
+        );
         let took = started.elapsed();
         assert!(took < Duration::from_secs(3), "{kind}: {took:?}");
     }
@@ -187,16 +203,28 @@ async fn a_write_on_a_silent_link_ends_as_well() {
         let mut cloud = Cloud::with(link.clone(), Limits::default()).await;
         let middle = Middlebox::start(cloud.address(), true).await;
         let (edge, served) = cloud.pair_at(kind, middle.address).await;
-        let (_send, mut recv) =
-            edge.open(Class::Bulk, &StreamHead { kind: 1 }).await.expect("open");
+        let (_send, mut recv) = edge
+            .open(Class::Bulk, &StreamHead { kind: 1 })
+            .await
+            .expect("open");
         let mut incoming = served.accept().await.expect("accept");
         middle.silent.store(true, Ordering::Relaxed);
         let write = async {
-            while incoming.send.write_all(Bytes::from(vec![0; 100_000])).await.is_ok() {}
+            while incoming
+                .send
+                .write_all(Bytes::from(vec![0; 100_000]))
+                .await
+                .is_ok()
+            {}
         };
-        let (written, read) =
-            tokio::join!(tokio::time::timeout(SOON, write), tokio::time::timeout(SOON, recv.read(1)));
+        let (written, read) = tokio::join!(
+            tokio::time::timeout(SOON, write),
+            tokio::time::timeout(SOON, recv.read(1))
+        );
         assert!(written.is_ok(), "{kind}: the writer is set free");
-        assert!(matches!(read, Ok(Err(TransportError::Timeout(_)))), "{kind}: {read:?}");
+        assert!(
+            matches!(read, Ok(Err(TransportError::Timeout(_)))),
+            "{kind}: {read:?}"
+        );
     }
 }

@@ -31,14 +31,21 @@ fn token(cloud: &Cloud, pin: KeyId) -> JoinToken {
 }
 
 async fn next_join(cloud: &mut Cloud) -> JoinStream {
-    match timeout(SOON, cloud.listener.accept()).await.expect("in time").expect("running") {
+    match timeout(SOON, cloud.listener.accept())
+        .await
+        .expect("in time")
+        .expect("running")
+    {
         Accepted::Join(join) => join,
         Accepted::Session(_) => panic!("a session came instead of a join"),
     }
 }
 
 fn telling(error: crate::hub::dial::DialError) -> TransportError {
-    error.most_telling().cloned().unwrap_or_else(|| panic!("{error}"))
+    error
+        .most_telling()
+        .cloned()
+        .unwrap_or_else(|| panic!("{error}"))
 }
 
 #[tokio::test]
@@ -60,13 +67,23 @@ async fn a_device_without_a_certificate_or_a_clock_can_join() {
             node_name: "shop-7".into(),
             ..Joined::default()
         };
-        stream.answer(&JoinAnswer { answer: Some(Answer::Joined(joined)) }).await.expect("answer");
+        stream
+            .answer(&JoinAnswer {
+                answer: Some(Answer::Joined(joined)),
+            })
+            .await
+            .expect("answer");
         let stream = next_join(&mut cloud).await;
         let refused = crate::hub::proto::Refused {
             code: RefusalCode::RefusalTokenUsed.into(),
             message: "the token was used".into(),
         };
-        stream.answer(&JoinAnswer { answer: Some(Answer::Refused(refused)) }).await.expect("answer");
+        stream
+            .answer(&JoinAnswer {
+                answer: Some(Answer::Refused(refused)),
+            })
+            .await
+            .expect("answer");
     };
     let target = Target::from_token(&token);
     let ask = async {
@@ -77,7 +94,9 @@ async fn a_device_without_a_certificate_or_a_clock_can_join() {
             matches!(second, JoinOutcome::Refused(r) if r.code() == RefusalCode::RefusalTokenUsed)
         );
     };
-    timeout(SOON, async { tokio::join!(serve, ask) }).await.expect("in time");
+    timeout(SOON, async { tokio::join!(serve, ask) })
+        .await
+        .expect("in time");
 }
 
 #[tokio::test]
@@ -91,7 +110,10 @@ async fn a_token_of_another_ca_ends_the_join_before_the_secret_is_sent() {
     let TransportError::Trust(TrustError::PinMismatch { shown }) = error else {
         panic!("{error:?}");
     };
-    assert!(shown.contains(&cloud.ca.pin()), "says what is shown instead");
+    assert!(
+        shown.contains(&cloud.ca.pin()),
+        "says what is shown instead"
+    );
 }
 
 #[tokio::test]
@@ -107,10 +129,16 @@ async fn each_end_refuses_the_wrong_certificate_with_its_own_reason() {
         let options = cloud.options(kind);
         let expired = dial(&cloud.target(), &identity(&cloud.ca, past), &options).await;
         let error = telling(expired.expect_err("expired"));
-        assert!(matches!(error, TransportError::Refused(Refusal::Expired)), "{kind}: {error:?}");
+        assert!(
+            matches!(error, TransportError::Refused(Refusal::Expired)),
+            "{kind}: {error:?}"
+        );
         let unknown = dial(&cloud.target(), &identity(&stranger, hour), &options).await;
         let error = telling(unknown.expect_err("unknown"));
-        assert!(matches!(error, TransportError::Refused(Refusal::Unknown)), "{kind}: {error:?}");
+        assert!(
+            matches!(error, TransportError::Refused(Refusal::Unknown)),
+            "{kind}: {error:?}"
+        );
         let mut target = cloud.target();
         target.trust = Trust::Roots(vec![stranger.certificate().clone()]);
         let other = dial(&target, &identity(&cloud.ca, hour), &options).await;
@@ -130,8 +158,7 @@ async fn each_end_refuses_the_wrong_certificate_with_its_own_reason() {
         // The same wrong clock, known to be wrong, does no harm.
         options.clock = Clock::Unsynchronised(Some(UnixTime::since_unix_epoch(HOUR)));
         let (target, device) = (cloud.target(), identity(&cloud.ca, hour));
-        let (edge, _served) =
-            tokio::join!(dial(&target, &device, &options), cloud.next_session());
+        let (edge, _served) = tokio::join!(dial(&target, &device, &options), cloud.next_session());
         edge.expect("connects");
     }
 }
@@ -146,26 +173,41 @@ async fn a_session_without_a_client_certificate_is_refused() {
     config.alpn_protocols = vec![ALPN_HUB.to_vec()];
     tls.config = Arc::new(config);
     let link = LinkConfig::default();
-    let websocket = ws::dial(cloud.address(), &tls, &link).await.expect_err("refused");
+    let websocket = ws::dial(cloud.address(), &tls, &link)
+        .await
+        .expect_err("refused");
     assert!(
         matches!(websocket, TransportError::Refused(Refusal::Missing)),
         "{websocket:?}"
     );
-    let quic = quic::dial(cloud.address(), &tls, &link).await.expect_err("refused");
-    assert!(matches!(quic, TransportError::Refused(Refusal::Missing)), "{quic:?}");
+    let quic = quic::dial(cloud.address(), &tls, &link)
+        .await
+        .expect_err("refused");
+    assert!(
+        matches!(quic, TransportError::Refused(Refusal::Missing)),
+        "{quic:?}"
+    );
     // And joining does not exist over QUIC.
     let mut config = (*tls.config).clone();
     config.alpn_protocols = vec![ALPN_JOIN.to_vec()];
     tls.config = Arc::new(config);
-    let join = quic::dial(cloud.address(), &tls, &link).await.expect_err("refused");
-    assert!(matches!(join, TransportError::Refused(Refusal::Protocol)), "{join:?}");
+    let join = quic::dial(cloud.address(), &tls, &link)
+        .await
+        .expect_err("refused");
+    assert!(
+        matches!(join, TransportError::Refused(Refusal::Protocol)),
+        "{join:?}"
+    );
 }
 
 #[tokio::test]
 async fn new_credentials_are_shown_without_a_restart() {
     let mut cloud = Cloud::start().await;
     let fresh = new_ca();
-    cloud.listener.replace_tls(server_tls(&fresh)).expect("replaced");
+    cloud
+        .listener
+        .replace_tls(server_tls(&fresh))
+        .expect("replaced");
     cloud.ca = fresh;
     for kind in BOTH {
         cloud.pair(kind).await;
@@ -183,7 +225,9 @@ fn tight() -> Limits {
 /// Whether the door still opens for an honest device.
 async fn still_open(cloud: &mut Cloud) {
     for kind in BOTH {
-        timeout(SOON, cloud.pair(kind)).await.expect("the door still opens");
+        timeout(SOON, cloud.pair(kind))
+            .await
+            .expect("the door still opens");
     }
 }
 
@@ -207,12 +251,20 @@ async fn garbage_is_cut_off_and_harms_nobody() {
         tcp.write_all(bytes).await.expect("write");
         cut_off(tcp).await;
     }
-    let udp = tokio::net::UdpSocket::bind("127.0.0.1:0").await.expect("bind");
+    let udp = tokio::net::UdpSocket::bind("127.0.0.1:0")
+        .await
+        .expect("bind");
     for length in [1, 20, 1200, 1400] {
-        udp.send_to(&vec![0xc3; length], cloud.address()).await.expect("send");
+        udp.send_to(&vec![0xc3; length], cloud.address())
+            .await
+            .expect("send");
     }
     still_open(&mut cloud).await;
-    assert!(cloud.listener.refused().failed >= 4, "{:?}", cloud.listener.refused());
+    assert!(
+        cloud.listener.refused().failed >= 4,
+        "{:?}",
+        cloud.listener.refused()
+    );
 }
 
 #[tokio::test]
@@ -221,7 +273,11 @@ async fn a_handshake_byte_by_byte_is_cut_at_the_deadline() {
     let mut tcp = TcpStream::connect(cloud.address()).await.expect("connect");
     let started = Instant::now();
     // A record of 512 bytes that never comes to its end.
-    let hello = [&[0x16, 0x03, 0x01, 0x02, 0x00, 0x01, 0x00, 0x01, 0xfc][..], &[0; 200]].concat();
+    let hello = [
+        &[0x16, 0x03, 0x01, 0x02, 0x00, 0x01, 0x00, 0x01, 0xfc][..],
+        &[0; 200],
+    ]
+    .concat();
     for byte in hello {
         if tcp.write_all(&[byte]).await.is_err() {
             break;
@@ -232,7 +288,11 @@ async fn a_handshake_byte_by_byte_is_cut_at_the_deadline() {
         }
     }
     cut_off(tcp).await;
-    assert!(started.elapsed() < Duration::from_secs(4), "{:?}", started.elapsed());
+    assert!(
+        started.elapsed() < Duration::from_secs(4),
+        "{:?}",
+        started.elapsed()
+    );
     still_open(&mut cloud).await;
 }
 
@@ -252,7 +312,10 @@ async fn too_many_handshakes_are_turned_away_and_places_become_free() {
     let device = identity(&cloud.ca, now_for(HOUR));
     let mut options = cloud.options(TransportKind::Quic);
     options.deadline = Duration::from_millis(300);
-    assert!(dial(&cloud.target(), &device, &options).await.is_err(), "full for QUIC too");
+    assert!(
+        dial(&cloud.target(), &device, &options).await.is_err(),
+        "full for QUIC too"
+    );
     for tcp in idle {
         cut_off(tcp).await;
     }
@@ -265,11 +328,15 @@ async fn a_join_request_that_is_too_long_or_nonsense_never_reaches_the_taker() {
     let link = LinkConfig::default();
     let trust = Trust::Pins(vec![cloud.ca.pin()]);
     let tls = ClientTls::new(trust, &cluster(), Clock::Unsynchronised(None), None).expect("tls");
-    let too_long = u32::try_from(JOIN_REQUEST_LIMIT + 1).expect("small").to_be_bytes();
+    let too_long = u32::try_from(JOIN_REQUEST_LIMIT + 1)
+        .expect("small")
+        .to_be_bytes();
     let nonsense = [&[0, 0, 0, 4][..], &[0xff; 4]].concat();
     let half = [&[0, 0, 1, 0][..], &[1; 10]].concat();
     for bytes in [&too_long[..], &nonsense, &half] {
-        let mut stream = ws::connect(cloud.address(), &tls, &link).await.expect("handshake");
+        let mut stream = ws::connect(cloud.address(), &tls, &link)
+            .await
+            .expect("handshake");
         stream.write_all(bytes).await.expect("write");
         let mut rest = [0; 64];
         let end = async { while stream.read(&mut rest).await.is_ok_and(|n| n > 0) {} };
@@ -287,6 +354,12 @@ async fn a_taken_port_is_named() {
         link: LinkConfig::default(),
         limits: Limits::default(),
     };
-    let error = bind(config, server_tls(&cloud.ca)).await.err().expect("taken");
-    assert!(error.to_string().contains(&cloud.address().to_string()), "{error}");
+    let error = bind(config, server_tls(&cloud.ca))
+        .await
+        .err()
+        .expect("taken");
+    assert!(
+        error.to_string().contains(&cloud.address().to_string()),
+        "{error}"
+    );
 }
