@@ -6,6 +6,7 @@
 pub mod proto;
 
 pub mod dial;
+pub mod fuzz;
 pub mod listen;
 pub mod mux;
 mod quic;

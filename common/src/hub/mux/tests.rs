@@ -21,16 +21,7 @@ fn pair() -> Pair {
 impl Pair {
     /// Moves messages until neither end has any; each is within its bound.
     fn pump(&mut self) {
-        loop {
-            let mut moved = false;
-            for (from, to) in [(&mut self.a, &mut self.b)] {
-                moved |= step(from, to);
-                moved |= step(to, from);
-            }
-            if !moved {
-                return;
-            }
-        }
+        while step(&mut self.a, &mut self.b) | step(&mut self.b, &mut self.a) {}
     }
 }
 
