@@ -188,12 +188,28 @@ pub fn binary(flags: &Flags) -> Row {
     }
 }
 
-/// Whether an ELF file has no symbol table, by the name of that section.
+/// Whether an ELF file has no symbol table.
 fn is_stripped(path: &Path) -> Result<bool> {
     let bytes = fs::read(path)?;
-    // The names of the sections are near the end.
-    let tail = &bytes[bytes.len().saturating_sub(64 * 1024)..];
-    Ok(!tail.windows(8).any(|window| window == b".symtab\0"))
+    let kinds = section_kinds(&bytes).with_context(|| format!("{}: no ELF", path.display()))?;
+    Ok(!kinds.contains(&SYMBOL_TABLE))
+}
+
+/// `SHT_SYMTAB`.
+const SYMBOL_TABLE: u32 = 2;
+
+/// The types of all sections of a 64-bit little-endian ELF file (elf(5): `e_shoff`, `e_shentsize`,
+/// `e_shnum` in its header, `sh_type` in each section's).
+fn section_kinds(bytes: &[u8]) -> Option<Vec<u32>> {
+    let number = |at: usize, size: usize| {
+        let field = bytes.get(at..at.checked_add(size)?)?;
+        let value = field.iter().rev().fold(0u64, |value, byte| value << 8 | u64::from(*byte));
+        usize::try_from(value).ok()
+    };
+    bytes.starts_with(b"\x7fELF\x02\x01").then_some(())?;
+    let (first, size, count) = (number(0x28, 8)?, number(0x3a, 2)?, number(0x3c, 2)?);
+    let kind = |n: usize| u32::try_from(number(first + n * size + 4, 4)?).ok();
+    (0..count).map(kind).collect()
 }
 
 #[cfg(test)]
@@ -211,5 +227,7 @@ mod tests {
     fn this_very_test_is_not_stripped() {
         let me = std::env::current_exe().expect("a path");
         assert!(!is_stripped(&me).expect("readable"));
+        assert!(section_kinds(b"#!/bin/sh").is_none());
+        assert!(section_kinds(b"\x7fELF\x02\x01").is_none());
     }
 }
