@@ -1,9 +1,11 @@
 //! The vocabulary that CloudCore and EdgeCore share. Everything is pure unless its file is named
-//! after an adapter (`quic`, `ws`, `tls`, `config`, `telemetry`, `signals`).
+//! after an adapter (`quic`, `ws`, `tls`, `lanes`, `dial`, `listen`, `config`, `telemetry`).
 
 pub mod backoff;
 pub mod config;
 pub mod hub;
 pub mod ids;
 pub mod object;
+pub mod pki;
 pub mod telemetry;
+pub mod trim;

@@ -35,7 +35,10 @@ impl Shown {
     fn document(&self) -> serde_json::Value {
         let pod = |p: crate::store::desired::DesiredPod| {
             let phase = self.reports.pod(&p.key).and_then(|r| {
-                r.status.get("phase").and_then(|v| v.as_str()).map(str::to_owned)
+                r.status
+                    .get("phase")
+                    .and_then(|v| v.as_str())
+                    .map(str::to_owned)
             });
             json!({
                 "namespace": &*p.key.namespace,
@@ -104,7 +107,10 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
 /// `edgecore status`: the document, indented.
 pub fn print_status(socket: &Path) -> io::Result<()> {
     let explain = |e: io::Error| {
-        let text = format!("no edgecore answers at {}: {e}; is it running?", socket.display());
+        let text = format!(
+            "no edgecore answers at {}: {e}; is it running?",
+            socket.display()
+        );
         io::Error::new(e.kind(), text)
     };
     let stream = UnixStream::connect(socket).map_err(explain)?;

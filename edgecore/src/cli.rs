@@ -21,7 +21,11 @@ pub enum Command {
     /// Show what a running edgecore is doing.
     Status {
         /// The admin socket of the edgecore to ask.
-        #[arg(long, env = "EDGECORE_ADMIN", default_value = "/var/lib/edgecore/admin.sock")]
+        #[arg(
+            long,
+            env = "EDGECORE_ADMIN",
+            default_value = "/var/lib/edgecore/admin.sock"
+        )]
         admin: PathBuf,
     },
 }

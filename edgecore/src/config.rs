@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use common::hub::dial::TransportChoice;
+use common::hub::dial::Preference;
 use serde::Deserialize;
 
 use crate::cli::RunArgs;
@@ -37,9 +37,10 @@ pub struct Config {
     pub join: Option<String>,
     pub token: Option<String>,
     pub name: Option<String>,
-    pub cri: PathBuf,
+    /// unix:///path
+    pub cri: String,
     pub data_dir: PathBuf,
-    pub transport: TransportChoice,
+    pub transport: Preference,
     pub admin: PathBuf,
     pub log: String,
     pub log_json: bool,
@@ -79,7 +80,10 @@ impl Config {
             .cri
             .or(file.cri)
             .unwrap_or_else(|| "unix:///run/containerd/containerd.sock".to_owned());
-        let transport = args.transport.or(file.transport).unwrap_or_else(|| "auto".to_owned());
+        let transport = args
+            .transport
+            .or(file.transport)
+            .unwrap_or_else(|| "auto".to_owned());
         let dead_after = file.dead_after_seconds.unwrap_or(DEAD_AFTER_SECONDS);
         if !(5..=3600).contains(&dead_after) {
             return Err(ConfigError::DeadAfter(dead_after));
@@ -88,13 +92,18 @@ impl Config {
             join: args.join.or(file.join),
             token: args.token.or(file.token),
             name: args.name.or(file.name),
-            cri: socket(&cri)?,
+            cri: endpoint(cri)?,
             transport: choice(&transport)?,
-            admin: args.admin.or(file.admin).unwrap_or_else(|| data_dir.join("admin.sock")),
+            admin: args
+                .admin
+                .or(file.admin)
+                .unwrap_or_else(|| data_dir.join("admin.sock")),
             log: args.log.or(file.log).unwrap_or_else(|| "info".to_owned()),
             log_json: file.log_json.unwrap_or(false),
             pod_cidr: file.pod_cidr,
-            cni_config_dir: file.cni_config_dir.unwrap_or_else(|| "/etc/cni/net.d".into()),
+            cni_config_dir: file
+                .cni_config_dir
+                .unwrap_or_else(|| "/etc/cni/net.d".into()),
             cni_bin_dir: file.cni_bin_dir,
             dead_after: Duration::from_secs(dead_after),
             pod_logs_dir: file.pod_logs_dir.unwrap_or_else(|| "/var/log/pods".into()),
@@ -103,20 +112,20 @@ impl Config {
     }
 }
 
-fn socket(text: &str) -> Result<PathBuf, ConfigError> {
-    let path = text.strip_prefix("unix://").unwrap_or(text);
-    if path.starts_with('/') {
-        Ok(path.into())
-    } else {
-        Err(ConfigError::Cri(text.to_owned()))
+fn endpoint(text: String) -> Result<String, ConfigError> {
+    match text.strip_prefix("unix://") {
+        Some(path) if path.starts_with('/') => Ok(text),
+        Some(_) => Err(ConfigError::Cri(text)),
+        None if text.starts_with('/') => Ok(format!("unix://{text}")),
+        None => Err(ConfigError::Cri(text)),
     }
 }
 
-fn choice(text: &str) -> Result<TransportChoice, ConfigError> {
+fn choice(text: &str) -> Result<Preference, ConfigError> {
     match text {
-        "auto" => Ok(TransportChoice::Auto),
-        "quic" => Ok(TransportChoice::Quic),
-        "websocket" => Ok(TransportChoice::WebSocket),
+        "auto" => Ok(Preference::Auto),
+        "quic" => Ok(Preference::Quic),
+        "websocket" => Ok(Preference::WebSocket),
         other => Err(ConfigError::Transport(other.to_owned())),
     }
 }
@@ -129,21 +138,35 @@ mod tests {
     fn flags_win_over_the_file_and_the_file_over_defaults() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("edge.yaml");
-        std::fs::write(&path, "name: from-file\ncri: unix:///run/x.sock\ntransport: quic\n").unwrap();
-        let args = RunArgs { config: Some(path), name: Some("from-flag".into()), ..Default::default() };
+        std::fs::write(
+            &path,
+            "name: from-file\ncri: unix:///run/x.sock\ntransport: quic\n",
+        )
+        .unwrap();
+        let args = RunArgs {
+            config: Some(path),
+            name: Some("from-flag".into()),
+            ..Default::default()
+        };
         let config = Config::resolve(args).unwrap();
         assert_eq!(config.name.as_deref(), Some("from-flag"));
-        assert_eq!(config.cri, PathBuf::from("/run/x.sock"));
-        assert_eq!(config.transport, TransportChoice::Quic);
+        assert_eq!(config.cri, "unix:///run/x.sock");
+        assert_eq!(config.transport, Preference::Quic);
         assert_eq!(config.data_dir, PathBuf::from("/var/lib/edgecore"));
     }
 
     #[test]
     fn what_cannot_be_is_refused_with_a_sentence() {
         let bad = |args: RunArgs| Config::resolve(args).unwrap_err().to_string();
-        let cri = RunArgs { cri: Some("tcp://1.2.3.4".into()), ..Default::default() };
+        let cri = RunArgs {
+            cri: Some("tcp://1.2.3.4".into()),
+            ..Default::default()
+        };
         assert!(bad(cri).contains("is not a Unix socket"));
-        let transport = RunArgs { transport: Some("pigeon".into()), ..Default::default() };
+        let transport = RunArgs {
+            transport: Some("pigeon".into()),
+            ..Default::default()
+        };
         assert!(bad(transport).contains("auto, quic, websocket"));
     }
 }

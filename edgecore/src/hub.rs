@@ -16,8 +16,10 @@ pub mod tokens;
 use std::time::Duration;
 
 use common::backoff::Backoff;
-use common::hub::dial::{self, DialConfig, TransportChoice};
+use common::hub::dial::{self, DialError, DialOptions, Preference, Target};
 use common::hub::proto::{self, GoAwayReason};
+use common::hub::tls::ClientIdentity;
+use common::hub::transport::{Connection, LinkConfig, TransportKind};
 use common::telemetry::chain;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -43,6 +45,26 @@ const LONGEST_WAIT: Duration = Duration::from_secs(30);
 /// A cloud that says that it does not want this device is asked this often.
 const UNWANTED_WAIT: Duration = Duration::from_secs(300);
 
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+enum LinkError {
+    #[error("the link record of this device is damaged; join again with a new token")]
+    Link(#[from] common::pki::PkiError),
+    #[error(transparent)]
+    Dial(#[from] DialError),
+}
+
+/// Keep-alives that notice a dead link in time: two fit into the deadline.
+fn link_config(dead_after: Duration) -> LinkConfig {
+    let usual = LinkConfig::default();
+    LinkConfig {
+        keep_alive: usual.keep_alive.min(dead_after / 2),
+        ping_every: usual.ping_every.min(dead_after.mul_f64(0.45)),
+        dead_after,
+        ..usual
+    }
+}
+
 /// What the task is made of.
 pub struct Deps {
     pub store: Store,
@@ -53,7 +75,7 @@ pub struct Deps {
     pub asks: mpsc::Receiver<Ask>,
     pub connected: watch::Sender<bool>,
     pub environment: watch::Sender<Option<proto::NodeEnvironment>>,
-    pub transport: TransportChoice,
+    pub transport: Preference,
     pub dead_after: Duration,
 }
 
@@ -61,12 +83,16 @@ pub struct Deps {
 pub struct Task {
     deps: Deps,
     backoff: Backoff,
-    remembered: Option<TransportChoice>,
+    remembered: Option<TransportKind>,
 }
 
 impl Task {
     pub fn build(deps: Deps) -> Self {
-        Self { deps, backoff: Backoff::new(FIRST_WAIT, LONGEST_WAIT), remembered: None }
+        Self {
+            deps,
+            backoff: Backoff::new(FIRST_WAIT, LONGEST_WAIT),
+            remembered: None,
+        }
     }
 
     /// Until shutdown.
@@ -104,8 +130,8 @@ impl Task {
             Ok(connection) => connection,
             Err(error) => return self.lost(&error),
         };
-        info!(transport = ?connection.kind(), remote = %connection.remote_address(), "connected");
-        self.remembered = Some(connection.kind().into());
+        info!(transport = %connection.kind(), remote = %connection.remote_address(), "connected");
+        self.remembered = Some(connection.kind());
         let mut renewal = Renewal::new(self.deps.store.clone(), &identity);
         let state = match self.state(&identity) {
             Ok(state) => state,
@@ -127,17 +153,19 @@ impl Task {
         self.ended(end)
     }
 
-    async fn dial(
-        &self,
-        identity: &Identity,
-    ) -> Result<common::hub::transport::Connection, dial::DialError> {
-        let config = DialConfig {
-            choice: self.deps.transport,
-            remembered: self.remembered,
-            dead_after: self.deps.dead_after,
-            clock: dial_clock(&self.deps.store),
+    async fn dial(&self, identity: &Identity) -> Result<Connection, LinkError> {
+        let target = Target::from_link(&identity.link)?;
+        let shown = ClientIdentity {
+            chain: identity.chain.clone(),
+            key: identity.key.private_key(),
         };
-        dial::dial(&identity.link, &identity.key, &identity.chain, &config).await
+        let options = DialOptions {
+            preference: self.deps.transport,
+            remembered: self.remembered,
+            link: link_config(self.deps.dead_after),
+            ..DialOptions::new(identity::dial_clock(&self.deps.store))
+        };
+        Ok(dial::dial(&target, &shown, &options).await?)
     }
 
     fn state(&self, identity: &Identity) -> Result<StoreState, IdentityError> {
@@ -167,7 +195,11 @@ impl Task {
     fn ended(&mut self, end: SessionEnd) -> Duration {
         match end {
             SessionEnd::Stopping | SessionEnd::Renewed => Duration::ZERO,
-            SessionEnd::GoAway { reason, message, retry_after } => {
+            SessionEnd::GoAway {
+                reason,
+                message,
+                retry_after,
+            } => {
                 warn!(?reason, message, "the cloud ended the session");
                 let least = match reason {
                     GoAwayReason::GoAwayRevoked | GoAwayReason::GoAwayQuarantined => UNWANTED_WAIT,
@@ -177,20 +209,13 @@ impl Task {
                     | GoAwayReason::GoAwayProtocolError
                     | GoAwayReason::GoAwayLostClaim => Duration::ZERO,
                 };
-                least.max(retry_after).max(self.backoff.next_wait(rand::random()))
+                least
+                    .max(retry_after)
+                    .max(self.backoff.next_wait(rand::random()))
             }
             SessionEnd::Lanes(_) | SessionEnd::Protocol(_) | SessionEnd::Store(_) => {
                 self.lost(&end)
             }
         }
-    }
-}
-
-fn dial_clock(store: &Store) -> common::hub::tls::Clock {
-    if clock::synchronised() {
-        common::hub::tls::Clock::Trusted(Duration::from_secs(clock::wall_seconds()))
-    } else {
-        let told = Duration::from_millis(identity::authenticated_ms(store));
-        common::hub::tls::Clock::LastAuthenticated(told)
     }
 }

@@ -1,11 +1,13 @@
 //! The first start: a token and a name become an identity. Idempotent: the key is committed before
 //! the cloud is asked, and the same key may ask again with the same token.
 
-use common::hub::dial;
+use common::hub::dial::{DialError, DialOptions, JoinOutcome, Target, join as ask};
 use common::hub::proto::{self, RefusalCode};
+use common::hub::tls::Clock;
+use common::hub::transport::TransportError;
 use common::ids::{NameError, NodeName};
-use common::pki::{JoinToken, TokenError};
 use common::pki::token::Endpoint;
+use common::pki::{JoinToken, PkiError, TokenError};
 use tracing::info;
 
 use crate::hub::identity::{self, IdentityError};
@@ -14,7 +16,9 @@ use crate::store::Store;
 /// Why a device could not join; each with its own exit code.
 #[derive(Debug, thiserror::Error)]
 pub enum JoinError {
-    #[error("this device has not joined a cloud: start it with --join HOST:PORT --token TOKEN, as `cloudcore token create` prints it")]
+    #[error(
+        "this device has not joined a cloud: start it with --join HOST:PORT --token TOKEN, as `cloudcore token create` prints it"
+    )]
     NeverJoined,
     #[error("--join {0:?} is not HOST:PORT")]
     Address(String),
@@ -28,8 +32,10 @@ pub enum JoinError {
     HostName(String),
     #[error(transparent)]
     Identity(#[from] IdentityError),
-    #[error("cannot join through {host}")]
-    Dial { host: String, source: dial::DialError },
+    #[error("this device has not joined")]
+    Dial(#[from] DialError),
+    #[error("the link record of this device is damaged; join again with a new token")]
+    Link(#[source] PkiError),
     #[error("the cloud refused: {message}")]
     Refused { code: RefusalCode, message: String },
 }
@@ -42,9 +48,11 @@ impl JoinError {
             JoinError::NeverJoined | JoinError::NoToken => 2,
             JoinError::Address(_) | JoinError::Name(_) | JoinError::HostName(_) => 3,
             JoinError::Token(_) => 4,
-            JoinError::Identity(_) => 5,
-            JoinError::Dial { source, .. } if source.wrong_server() => 7,
-            JoinError::Dial { .. } => 6,
+            JoinError::Identity(_) | JoinError::Link(_) => 5,
+            JoinError::Dial(error) => match error.most_telling() {
+                Some(TransportError::Trust(_)) => 7,
+                Some(_) | None => 6,
+            },
             JoinError::Refused { code, .. } => {
                 20 + u8::try_from(i32::from(*code)).unwrap_or_default()
             }
@@ -101,10 +109,9 @@ async fn enrol(
         arch: go_arch().to_owned(),
         expired_certificate: Vec::new(),
     };
-    let answer = dial::join(&token, request)
-        .await
-        .map_err(|source| JoinError::Dial { host: address.to_owned(), source })?;
-    let joined = take(answer)?;
+    // A device without a clock can join: chain, pin and name decide alone.
+    let options = DialOptions::new(Clock::Unsynchronised(None));
+    let joined = take(ask(&Target::from_token(&token), &request, &options).await?)?;
     identity::keep_joined(store, Some(&token.id), &joined)?;
     info!(node = joined.node_name, "this device has joined");
     Ok(())
@@ -120,27 +127,27 @@ pub async fn again(store: &Store, identity: &identity::Identity) -> Result<(), J
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
         os: std::env::consts::OS.to_owned(),
         arch: go_arch().to_owned(),
-        expired_certificate: identity.chain.first().map(|c| c.to_vec()).unwrap_or_default(),
+        expired_certificate: identity
+            .chain
+            .first()
+            .map(|c| c.to_vec())
+            .unwrap_or_default(),
         ..Default::default()
     };
-    let host = identity.link.endpoints.first().map(|e| e.host.clone()).unwrap_or_default();
-    let answer = dial::rejoin(&identity.link, request)
-        .await
-        .map_err(|source| JoinError::Dial { host, source })?;
-    identity::keep_joined(store, None, &take(answer)?)?;
+    let target = Target::from_link(&identity.link).map_err(JoinError::Link)?;
+    let options = DialOptions::new(identity::dial_clock(store));
+    let joined = take(ask(&target, &request, &options).await?)?;
+    identity::keep_joined(store, None, &joined)?;
     info!("the expired certificate was replaced");
     Ok(())
 }
 
-fn take(answer: proto::JoinAnswer) -> Result<proto::Joined, JoinError> {
-    match answer.answer {
-        Some(proto::join_answer::Answer::Joined(joined)) => Ok(joined),
-        Some(proto::join_answer::Answer::Refused(refused)) => {
-            Err(JoinError::Refused { code: refused.code(), message: refused.message })
-        }
-        None => Err(JoinError::Refused {
-            code: RefusalCode::RefusalUnspecified,
-            message: "its answer is of a version that this edgecore does not know".to_owned(),
+fn take(outcome: JoinOutcome) -> Result<proto::Joined, JoinError> {
+    match outcome {
+        JoinOutcome::Joined(joined) => Ok(joined),
+        JoinOutcome::Refused(refused) => Err(JoinError::Refused {
+            code: refused.code(),
+            message: refused.message,
         }),
     }
 }

@@ -23,7 +23,10 @@ pub fn boot_id() -> String {
 }
 
 /// Whether something (NTP, PTP, a GPS) keeps the kernel's clock right: the kernel's own word.
-#[expect(unsafe_code, reason = "adjtimex has no safe wrapper among our dependencies")]
+#[expect(
+    unsafe_code,
+    reason = "adjtimex has no safe wrapper among our dependencies"
+)]
 pub fn synchronised() -> bool {
     const STA_UNSYNC: i32 = 0x40;
     const TIME_ERROR: i32 = 5;

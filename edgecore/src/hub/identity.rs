@@ -7,11 +7,12 @@
 use std::time::Duration;
 
 use common::hub::proto;
+use common::hub::tls::Clock;
 use common::ids::NodeName;
 use common::pki::{NodeIdentity, NodeKey, PkiError, Validity, rotation_due};
 use common::telemetry::chain;
 use prost::Message as _;
-use rustls_pki_types::CertificateDer;
+use rustls_pki_types::{CertificateDer, UnixTime};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
@@ -39,7 +40,10 @@ pub enum IdentityError {
     #[error("the device's identity cannot be read from its data directory")]
     Store(#[from] StoreError),
     #[error("the device's {0} in its data directory is damaged; join again with a new token")]
-    Damaged(&'static str, #[source] Box<dyn std::error::Error + Send + Sync>),
+    Damaged(
+        &'static str,
+        #[source] Box<dyn std::error::Error + Send + Sync>,
+    ),
     #[error("the device's certificate or key was refused")]
     Pki(#[from] PkiError),
 }
@@ -64,18 +68,21 @@ impl Identity {
     /// What a former start left; `None` on a device that never joined.
     pub fn load(store: &Store) -> Result<Option<Self>, IdentityError> {
         let meta = store.meta();
-        let (Some(key), Some(chain), Some(link)) =
-            (meta.get(names::KEY)?, meta.get(names::CHAIN)?, meta.get(kept::LINK)?)
-        else {
+        let (Some(key), Some(chain), Some(link)) = (
+            meta.get(names::KEY)?,
+            meta.get(names::CHAIN)?,
+            meta.get(kept::LINK)?,
+        ) else {
             return Ok(None);
         };
         let key = NodeKey::from_pkcs8(&key)?;
         let chain = proto::RenewGiven::decode(&chain[..])
             .map_err(|e| damaged("certificate")(e.into()))?
             .chain;
-        let link =
-            proto::Link::decode(&link[..]).map_err(|e| damaged("link record")(e.into()))?;
-        let leaf = chain.first().ok_or_else(|| damaged("certificate")("it is empty".into()))?;
+        let link = proto::Link::decode(&link[..]).map_err(|e| damaged("link record")(e.into()))?;
+        let leaf = chain
+            .first()
+            .ok_or_else(|| damaged("certificate")("it is empty".into()))?;
         let says = NodeIdentity::from_certificate(leaf)?;
         Ok(Some(Self {
             node: says.node.clone(),
@@ -115,7 +122,10 @@ pub fn keep_joined(
     token: Option<&str>,
     joined: &proto::Joined,
 ) -> Result<(), IdentityError> {
-    let chain = proto::RenewGiven { chain: joined.chain.clone() }.encode_to_vec();
+    let chain = proto::RenewGiven {
+        chain: joined.chain.clone(),
+    }
+    .encode_to_vec();
     let link = joined.link.clone().unwrap_or_default().encode_to_vec();
     let time = joined.now_ms.to_be_bytes();
     let mut values: Vec<(&str, &[u8])> = vec![
@@ -140,7 +150,8 @@ pub fn keep_time(store: &Store, now_ms: u64) {
 /// The last time that the cloud told, milliseconds since 1970; 0 when it never did.
 pub fn authenticated_ms(store: &Store) -> u64 {
     let kept = store.meta().get(names::TIME).ok().flatten();
-    kept.and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes)
+    kept.and_then(|b| b.try_into().ok())
+        .map_or(0, u64::from_be_bytes)
 }
 
 /// The best this device knows of the time: its clock where that is kept right, else the latest
@@ -150,6 +161,19 @@ pub fn now_ms(store: &Store) -> u64 {
         clock::wall_seconds() * 1000
     } else {
         authenticated_ms(store)
+    }
+}
+
+/// What this device's clock is worth when it judges the cloud's certificate.
+pub fn dial_clock(store: &Store) -> Clock {
+    if clock::synchronised() {
+        Clock::Synchronised(UnixTime::since_unix_epoch(Duration::from_secs(
+            clock::wall_seconds(),
+        )))
+    } else {
+        let told = authenticated_ms(store);
+        let time = UnixTime::since_unix_epoch(Duration::from_millis(told));
+        Clock::Unsynchronised((told > 0).then_some(time))
     }
 }
 
@@ -167,7 +191,11 @@ impl Renewal {
             not_after: identity.says.not_after,
         };
         let due_ms = rotation_due(validity, rand::random()).as_secs() * 1000;
-        Self { store, due_ms, not_before: Instant::now() }
+        Self {
+            store,
+            due_ms,
+            not_before: Instant::now(),
+        }
     }
 
     /// Waits until the certificate is between 70 and 80 percent of its life, then gives what to
@@ -208,16 +236,24 @@ impl Renewal {
         let given = match response.body {
             Some(proto::response::Body::Renew(given)) => given,
             Some(proto::response::Body::Failure(failure)) => {
-                warn!(problem = failure.message, "the cloud did not renew the certificate");
+                warn!(
+                    problem = failure.message,
+                    "the cloud did not renew the certificate"
+                );
                 return Ok(false);
             }
             Some(proto::response::Body::Token(_)) | None => return Ok(false),
         };
         let meta = self.store.meta();
-        let Some(key) = meta.get(names::NEXT_KEY)? else { return Ok(false) };
-        let fits = NodeKey::from_pkcs8(&key).ok().zip(given.chain.first()).is_some_and(|(k, c)| {
-            NodeIdentity::from_certificate(c).is_ok_and(|says| says.key_id == k.id())
-        });
+        let Some(key) = meta.get(names::NEXT_KEY)? else {
+            return Ok(false);
+        };
+        let fits = NodeKey::from_pkcs8(&key)
+            .ok()
+            .zip(given.chain.first())
+            .is_some_and(|(k, c)| {
+                NodeIdentity::from_certificate(c).is_ok_and(|says| says.key_id == k.id())
+            });
         if !fits {
             warn!("the cloud's new certificate is not for this device's key; it is not used");
             return Ok(false);

@@ -35,7 +35,11 @@ pub enum SessionEnd {
     #[error("edgecore is stopping")]
     Stopping,
     #[error("the cloud ended the session ({reason:?}): {message}")]
-    GoAway { reason: proto::GoAwayReason, message: String, retry_after: Duration },
+    GoAway {
+        reason: proto::GoAwayReason,
+        message: String,
+        retry_after: Duration,
+    },
     #[error("the link failed")]
     Lanes(#[from] LaneError),
     #[error("the cloud broke the protocol")]
@@ -169,7 +173,10 @@ impl Driver<'_> {
     }
 
     async fn welcomed(&mut self, welcome: proto::Welcome) -> Result<(), SessionEnd> {
-        info!(session_epoch = welcome.session_epoch, "the cloud took the session");
+        info!(
+            session_epoch = welcome.session_epoch,
+            "the cloud took the session"
+        );
         let mut values: Vec<(&'static str, Vec<u8>)> =
             vec![(kept::CONTINUATION, welcome.continuation.clone())];
         if let Some(link) = &welcome.link {
@@ -187,6 +194,7 @@ impl Driver<'_> {
         if welcome.environment.is_some() {
             self.deps.environment.send_replace(welcome.environment);
         }
+        super::identity::keep_time(self.deps.store, welcome.now_ms);
         self.session.welcome_committed(&self.deps.state);
         self.deps.connected.send_replace(true);
         Ok(())
@@ -213,7 +221,9 @@ impl Driver<'_> {
                 Ok(digest) => Ok(Outcome::Committed { desired: digest }),
                 Err(error @ CommitError::Stale { .. }) => {
                     info!(%error, "refused a batch");
-                    Ok(Outcome::Stale { marks: desired.marks() })
+                    Ok(Outcome::Stale {
+                        marks: desired.marks(),
+                    })
                 }
                 Err(CommitError::Store(error)) => {
                     warn!(error = %common::telemetry::chain(&error), "a batch was not committed");
@@ -251,7 +261,9 @@ impl Driver<'_> {
 async fn finished(
     commit: &mut Option<JoinHandle<Result<Outcome, StoreError>>>,
 ) -> Result<Outcome, StoreError> {
-    let Some(handle) = commit else { return std::future::pending().await };
+    let Some(handle) = commit else {
+        return std::future::pending().await;
+    };
     let result = handle.await;
     *commit = None;
     // A panic in the store must not be taken for a commit.

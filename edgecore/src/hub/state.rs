@@ -67,7 +67,12 @@ impl EdgeState for StoreState {
     }
 
     fn events_after(&self, sequence: u64, max: usize) -> Vec<proto::Event> {
-        self.events.after(sequence, max).events.into_iter().map(event).collect()
+        self.events
+            .after(sequence, max)
+            .events
+            .into_iter()
+            .map(event)
+            .collect()
     }
 }
 

@@ -77,7 +77,12 @@ impl SessionTokens {
         connected: watch::Receiver<bool>,
         boot_id: String,
     ) -> Self {
-        Self { store, asks, connected, boot_id }
+        Self {
+            store,
+            asks,
+            connected,
+            boot_id,
+        }
     }
 
     fn kept(&self, request: &TokenRequest) -> Option<Kept> {
@@ -108,9 +113,10 @@ impl SessionTokens {
                 wall_seconds: clock::wall_seconds(),
             }),
             Some(proto::response::Body::Failure(failure)) => Err(failure.message),
-            Some(proto::response::Body::Renew(_)) | None => {
-                Err(format!("the cloud gave no answer within {} s", ANSWER.as_secs()))
-            }
+            Some(proto::response::Body::Renew(_)) | None => Err(format!(
+                "the cloud gave no answer within {} s",
+                ANSWER.as_secs()
+            )),
         }
     }
 
@@ -131,9 +137,10 @@ impl SessionTokens {
                 Ok(self.token(&fresh))
             }
             Err(problem) => match kept {
-                Some(old) => {
-                    Ok(Token { token: old.token, refresh_in_seconds: TRY_AGAIN_SECONDS })
-                }
+                Some(old) => Ok(Token {
+                    token: old.token,
+                    refresh_in_seconds: TRY_AGAIN_SECONDS,
+                }),
                 None => Err(format!(
                     "no token for service account {:?}: {problem}",
                     request.service_account
@@ -144,7 +151,10 @@ impl SessionTokens {
 
     fn token(&self, kept: &Kept) -> Token {
         let refresh_in_seconds = kept.refresh_in(&self.boot_id);
-        Token { token: kept.token.clone(), refresh_in_seconds }
+        Token {
+            token: kept.token.clone(),
+            refresh_in_seconds,
+        }
     }
 }
 

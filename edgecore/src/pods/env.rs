@@ -332,7 +332,7 @@ pub fn references_known(pod: &Pod, desired: &Desired) -> Result<(), Vec<ObjectKe
 }
 
 /// Every object that the Pod's start depends on.
-fn references(pod: &Pod) -> Vec<ObjectKey> {
+pub fn references(pod: &Pod) -> Vec<ObjectKey> {
     let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
     let config_map = |name: &str| ObjectKey::named(Kind::ConfigMap, namespace, name);
     let secret = |name: &str| ObjectKey::named(Kind::Secret, namespace, name);
@@ -379,4 +379,286 @@ fn references(pod: &Pod) -> Vec<ObjectKey> {
         }
     }
     keys
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pods::testing::{desired, environment, pod};
+    use serde_json::{Value, json};
+
+    fn objects() -> Desired {
+        desired(&[
+            (
+                Kind::ConfigMap,
+                "shop",
+                "cm",
+                json!({"data": {"a": "1", "b=c": "2", "d-e": "3"}}),
+            ),
+            (
+                Kind::Secret,
+                "shop",
+                "sec",
+                json!({"data": {"p": "aHVudGVy"}}),
+            ),
+            (Kind::ConfigMap, "shop", "gone", Value::Null),
+            (
+                Kind::Services,
+                "shop",
+                "",
+                json!([
+                    {"name": "my-db", "ip": "10.96.7.7", "ports": [
+                        {"name": "sql-x", "port": 5432, "protocol": "TCP"},
+                        {"name": "stat", "port": 9, "protocol": "UDP"}]},
+                    {"name": "headless", "ip": "None", "ports": [{"port": 1}]},
+                    {"name": "six", "ip": "fd00::1", "ports": [{"port": 80}]}
+                ]),
+            ),
+            (
+                Kind::Services,
+                "default",
+                "",
+                json!([
+                    {"name": "kubernetes", "ip": "10.96.0.1", "ports": [{"name": "https", "port": 443}]},
+                    {"name": "other", "ip": "10.96.0.9", "ports": [{"port": 1}]}
+                ]),
+            ),
+        ])
+    }
+
+    fn env_of(links: bool, container: Value) -> Result<ContainerEnv, ConfigError> {
+        let pod = pod(json!({
+            "metadata": {"name": "web", "namespace": "shop", "uid": "u"},
+            "spec": {"enableServiceLinks": links, "containers": [container]}
+        }));
+        let container = &pod.spec.as_ref().unwrap().containers[0];
+        let ctx = EnvContext {
+            environment: &environment(),
+            desired: &objects(),
+            pod_ips: &["10.1.0.2".parse().unwrap()],
+        };
+        container_env(&pod, container, &ctx)
+    }
+
+    fn error(container: Value) -> ConfigError {
+        match env_of(false, container) {
+            Err(e) => e,
+            Ok(_) => panic!("it was made"),
+        }
+    }
+
+    #[test]
+    fn services_as_variables() {
+        let vars = env_of(true, json!({"name": "c"})).ok().unwrap().vars;
+        let find = |n: &str| vars.iter().find(|(k, _)| k == n).map(|(_, v)| v.as_str());
+        for (name, value) in [
+            ("MY_DB_SERVICE_HOST", Some("10.96.7.7")),
+            ("MY_DB_SERVICE_PORT", Some("5432")),
+            ("MY_DB_SERVICE_PORT_SQL_X", Some("5432")),
+            ("MY_DB_SERVICE_PORT_STAT", Some("9")),
+            ("MY_DB_PORT", Some("tcp://10.96.7.7:5432")),
+            ("MY_DB_PORT_5432_TCP", Some("tcp://10.96.7.7:5432")),
+            ("MY_DB_PORT_5432_TCP_PROTO", Some("tcp")),
+            ("MY_DB_PORT_5432_TCP_PORT", Some("5432")),
+            ("MY_DB_PORT_5432_TCP_ADDR", Some("10.96.7.7")),
+            ("MY_DB_PORT_9_UDP", Some("udp://10.96.7.7:9")),
+            ("SIX_PORT", Some("tcp://[fd00::1]:80")),
+            ("SIX_SERVICE_HOST", Some("fd00::1")),
+            ("HEADLESS_SERVICE_HOST", None),
+            ("OTHER_SERVICE_HOST", None),
+            ("KUBERNETES_SERVICE_HOST", Some("10.96.0.1")),
+            ("KUBERNETES_SERVICE_PORT_HTTPS", Some("443")),
+        ] {
+            assert_eq!(find(name), value, "{name}");
+        }
+    }
+
+    #[test]
+    fn without_links_only_the_api_is_named() {
+        let vars = env_of(false, json!({"name": "c"})).ok().unwrap().vars;
+        assert!(
+            vars.iter().all(|(k, _)| k.starts_with("KUBERNETES_")),
+            "{vars:?}"
+        );
+        assert!(
+            vars.iter()
+                .any(|(k, v)| k == "KUBERNETES_SERVICE_HOST" && v == "10.96.0.1")
+        );
+    }
+
+    #[test]
+    fn the_welcomes_api_address_stands_in() {
+        let bare = desired(&[
+            (Kind::Services, "shop", "", json!([])),
+            (Kind::Services, "default", "", Value::Null),
+        ]);
+        let pod = pod(
+            json!({"metadata": {"namespace": "shop"}, "spec": {"containers": [{"name": "c"}]}}),
+        );
+        let ctx = EnvContext {
+            environment: &environment(),
+            desired: &bare,
+            pod_ips: &[],
+        };
+        let container = &pod.spec.as_ref().unwrap().containers[0];
+        let vars = container_env(&pod, container, &ctx).ok().unwrap().vars;
+        assert!(vars.contains(&("KUBERNETES_SERVICE_PORT".into(), "443".into())));
+    }
+
+    #[test]
+    fn later_sources_win_and_variables_see_earlier_ones() {
+        let container = json!({"name": "c",
+        "envFrom": [
+            {"configMapRef": {"name": "cm"}},
+            {"prefix": "S_", "secretRef": {"name": "sec"}},
+            {"configMapRef": {"name": "gone", "optional": true}}
+        ],
+        "env": [
+            {"name": "a", "value": "own"},
+            {"name": "X", "value": "$(a)-$(S_p)-$(KUBERNETES_SERVICE_HOST)"},
+            {"name": "Y", "value": "$(LATER) $$(a) $(Y)"},
+            {"name": "LATER", "value": "z"},
+            {"name": "IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
+            {"name": "CPU", "valueFrom": {"resourceFieldRef":
+                {"resource": "limits.cpu", "divisor": "1m"}}},
+            {"name": "CM", "valueFrom": {"configMapKeyRef": {"name": "cm", "key": "d-e"}}},
+            {"name": "SEC", "valueFrom": {"secretKeyRef": {"name": "sec", "key": "p"}}},
+            {"name": "NONE", "valueFrom": {"configMapKeyRef":
+                {"name": "gone", "key": "x", "optional": true}}},
+            {"name": "NOKEY", "valueFrom": {"secretKeyRef":
+                {"name": "sec", "key": "x", "optional": true}}}
+        ]});
+        let env = env_of(false, container).ok().unwrap();
+        let mut vars = env.vars;
+        vars.retain(|(k, _)| !k.starts_with("KUBERNETES_"));
+        let want = [
+            ("a", "own"),
+            ("d-e", "3"),
+            ("S_p", "hunter"),
+            ("X", "own-hunter-10.96.0.1"),
+            ("Y", "$(LATER) $(a) $(Y)"),
+            ("LATER", "z"),
+            ("IP", "10.1.0.2"),
+            ("CPU", "3900"),
+            ("CM", "3"),
+            ("SEC", "hunter"),
+        ];
+        assert_eq!(vars, want.map(|(k, v)| (k.to_owned(), v.to_owned())));
+        assert_eq!(env.invalid_names, ["b=c"]);
+    }
+
+    #[test]
+    fn what_is_missing_says_so_and_what_is_unknown_waits() {
+        let key = |kind: &str, name: &str, key: &str| json!({"name": "c", "env": [{"name": "X", "valueFrom": {kind: {"name": name, "key": key}}}]});
+        for (container, message) in [
+            (
+                key("configMapKeyRef", "gone", "k"),
+                "configmap \"gone\" not found",
+            ),
+            (
+                key("configMapKeyRef", "cm", "k"),
+                "couldn't find key k in ConfigMap shop/cm",
+            ),
+            (
+                key("secretKeyRef", "sec", "k"),
+                "couldn't find key k in Secret shop/sec",
+            ),
+            (
+                json!({"name": "c", "envFrom": [{"configMapRef": {"name": "gone"}}]}),
+                "configmap \"gone\" not found",
+            ),
+        ] {
+            assert_eq!(error(container), missing(message.into()));
+        }
+        let unknown = error(key("secretKeyRef", "never-heard-of", "k"));
+        assert!(matches!(unknown, ConfigError::Unknown { .. }), "{unknown}");
+        let odd = json!({"name": "c", "env": [{"name": "X", "valueFrom": {"fileKeyRef": {}}}]});
+        assert!(matches!(error(odd), ConfigError::Invalid { .. }));
+    }
+
+    #[test]
+    fn expansion() {
+        let vars = [
+            ("A".to_owned(), "1".to_owned()),
+            ("B".to_owned(), "$(A)".to_owned()),
+        ];
+        for (text, want) in [
+            ("", ""),
+            ("plain", "plain"),
+            ("$(A)", "1"),
+            ("x$(A)y$(A)", "x1y1"),
+            ("$(B)", "$(A)"),
+            ("$$(A)", "$(A)"),
+            ("$$$(A)", "$1"),
+            ("$$$$(A)", "$$(A)"),
+            ("$(NONE)", "$(NONE)"),
+            ("$A", "$A"),
+            ("$(A", "$(A"),
+            ("$", "$"),
+            ("a$", "a$"),
+            ("$$", "$"),
+            ("$()", "$()"),
+            ("é$(A)é", "é1é"),
+        ] {
+            assert_eq!(expand(text, &vars), want, "{text}");
+        }
+        assert_eq!(expand_strictly("$(A)/x", &vars).as_deref(), Ok("1/x"));
+        assert!(expand_strictly("$(NONE)/x", &vars).is_err());
+    }
+
+    #[test]
+    fn every_reference_must_be_known() {
+        let pod = pod(json!({
+            "metadata": {"name": "p", "namespace": "n"},
+            "spec": {
+                "imagePullSecrets": [{"name": "pull"}],
+                "volumes": [
+                    {"name": "1", "configMap": {"name": "vol-cm", "optional": true}},
+                    {"name": "2", "secret": {"secretName": "vol-sec"}},
+                    {"name": "3", "projected": {"sources": [
+                        {"configMap": {"name": "pro-cm"}}, {"secret": {"name": "pro-sec"}}]}}],
+                "initContainers": [{"name": "i", "envFrom": [{"secretRef": {"name": "from-sec"}}]}],
+                "containers": [{"name": "c",
+                    "envFrom": [{"configMapRef": {"name": "from-cm"}}],
+                    "env": [
+                        {"name": "A", "valueFrom": {"configMapKeyRef": {"name": "key-cm", "key": "k"}}},
+                        {"name": "B", "valueFrom": {"secretKeyRef": {"name": "key-sec", "key": "k"}}}]}],
+                "ephemeralContainers": [{"name": "e",
+                    "envFrom": [{"configMapRef": {"name": "eph-cm"}}]}]
+            }
+        }));
+        let desired = Desired::in_memory();
+        let unknown = references_known(&pod, &desired).unwrap_err();
+        let shown: Vec<_> = unknown.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            shown,
+            [
+                "ConfigMap/n/eph-cm",
+                "ConfigMap/n/from-cm",
+                "ConfigMap/n/key-cm",
+                "ConfigMap/n/pro-cm",
+                "ConfigMap/n/vol-cm",
+                "Secret/n/from-sec",
+                "Secret/n/key-sec",
+                "Secret/n/pro-sec",
+                "Secret/n/pull",
+                "Secret/n/vol-sec",
+                "Services/default/",
+                "Services/n/",
+            ]
+        );
+        for (n, key) in unknown.iter().enumerate() {
+            let object = if n % 2 == 0 {
+                common::object::Object::absent(key.clone())
+            } else {
+                common::object::Object::present(key.clone(), *b"{}")
+            };
+            assert!(references_known(&pod, &desired).is_err());
+            desired.commit(crate::store::desired::Batch {
+                puts: vec![object],
+                ..Default::default()
+            });
+        }
+        assert_eq!(references_known(&pod, &desired), Ok(()));
+    }
 }

@@ -1,0 +1,147 @@
+//! Takes away what belongs to no Pod: sandboxes, directories, logs and grants that an agent which
+//! died, or a cluster that was restored, left behind.
+//!
+//! Never touches a running container before the cloud has said once that the desired set is
+//! complete, and never anything that does not carry the labels of a Pod.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use super::cgroups::Qos;
+use super::manager::recorded;
+use super::worker::Shared;
+use crate::cri::convert;
+
+/// Between two rounds; the first is one round after the start, so that it delays no Pod.
+const EVERY: Duration = Duration::from_secs(60);
+/// Containers of an unknown Pod get the grace that a Pod has by default.
+const GRACE: Duration = Duration::from_secs(30);
+
+/// Goes round until shutdown.
+pub async fn run(shared: Arc<Shared>, shutdown: CancellationToken) {
+    let mut suspects = BTreeSet::new();
+    loop {
+        tokio::select! {
+            biased;
+            () = shutdown.cancelled() => return,
+            () = tokio::time::sleep(EVERY) => {}
+        }
+        if shared.desired.complete() && shared.runtime.borrow().ready {
+            suspects = round(&shared, &suspects).await;
+        }
+    }
+}
+
+/// Removes what was without a Pod in the last round and still is; gives the suspects of this one.
+pub async fn round(shared: &Shared, before: &BTreeSet<String>) -> BTreeSet<String> {
+    let owners = owners(shared).await;
+    // Looked up after the lists: a Pod that came meanwhile is not an orphan.
+    let records = recorded(&shared.desired);
+    let orphans: BTreeMap<_, _> = owners
+        .into_iter()
+        .filter(|(uid, _)| !records.contains(uid))
+        .collect();
+    for (uid, found) in &orphans {
+        if before.contains(uid) && shared.desired.complete() {
+            remove(shared, uid, found).await;
+        }
+    }
+    orphans.into_keys().collect()
+}
+
+#[derive(Default)]
+struct Found {
+    sandboxes: Vec<String>,
+    containers: Vec<(String, Duration)>,
+}
+
+async fn owners(shared: &Shared) -> BTreeMap<String, Found> {
+    let mut all: BTreeMap<String, Found> = BTreeMap::new();
+    if let Ok(sandboxes) = shared.cri.list_sandboxes(None).await {
+        for s in sandboxes {
+            if let Some(uid) = s.labels.get(convert::POD_UID) {
+                all.entry(uid.clone()).or_default().sandboxes.push(s.id);
+            }
+        }
+    }
+    if let Ok(containers) = shared.cri.list_containers(None).await {
+        for c in containers {
+            let Some(uid) = c.labels.get(convert::POD_UID) else {
+                continue;
+            };
+            let grace = c
+                .annotations
+                .get(convert::POD_GRACE)
+                .and_then(|g| g.parse().ok());
+            let grace = grace.map_or(GRACE, Duration::from_secs);
+            all.entry(uid.clone())
+                .or_default()
+                .containers
+                .push((c.id, grace));
+        }
+    }
+    let on_disk = shared.volumes.known_uids().into_iter();
+    for uid in on_disk.chain(shared.ledger.holders()) {
+        all.entry(uid).or_default();
+    }
+    for uid in logged(shared) {
+        all.entry(uid).or_default();
+    }
+    all
+}
+
+/// The UIDs in the names of log directories, `NAMESPACE_NAME_UID`.
+fn logged(shared: &Shared) -> Vec<String> {
+    let entries = std::fs::read_dir(&shared.paths.pod_logs);
+    let names = entries
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|e| e.file_name());
+    let uids = names.filter_map(|n| {
+        let name = n.to_str()?;
+        name.rsplit_once('_').map(|(_, uid)| uid.to_owned())
+    });
+    uids.collect()
+}
+
+async fn remove(shared: &Shared, uid: &str, found: &Found) {
+    tracing::info!(uid, "removing what belongs to no Pod");
+    for (id, grace) in &found.containers {
+        if let Err(error) = shared.cri.stop_container(id, *grace).await {
+            tracing::warn!(uid, %error, "an orphaned container was not stopped");
+            return;
+        }
+        if shared.cri.remove_container(id).await.is_err() {
+            return;
+        }
+    }
+    for id in &found.sandboxes {
+        if shared.cri.stop_sandbox(id).await.is_err()
+            || shared.cri.remove_sandbox(id).await.is_err()
+        {
+            return;
+        }
+    }
+    if let Err(error) = shared.volumes.teardown(uid).await {
+        tracing::warn!(uid, %error, "an orphaned Pod directory was not removed");
+        return;
+    }
+    if let Some(cgroups) = shared.cgroups.get() {
+        for qos in [Qos::Guaranteed, Qos::Burstable, Qos::BestEffort] {
+            // Absent in all but one of them.
+            let _ = cgroups.remove(uid, qos);
+        }
+    }
+    let entries = std::fs::read_dir(&shared.paths.pod_logs);
+    let end = format!("_{uid}");
+    for entry in entries.into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().ends_with(&end) {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+    shared.ledger.release(uid);
+}
