@@ -6,9 +6,8 @@
 //! `--build`. Gives one table. Each measure runs alone when it is named.
 //!
 //! ```text
-//!  Running, delete, edit ──► resume without Pods ──► ten Pods ──► quiet ──► one key ──► resume
-//!  (interleaved with the peer)                      each node    traffic,
-//!                                                                memory
+//!  Running, delete, edit ──► ten Pods on ──► rest: traffic, ──► one key, resume ──► hub with
+//!  (in turn with the peer)   each node       then memory                          hollow edges
 //! ```
 
 use std::io::Write;
@@ -21,8 +20,10 @@ use clap::{Args, ValueEnum};
 
 use crate::bed::progress;
 
+pub mod admin;
 pub mod api;
-pub mod metrics;
+pub mod hollow;
+pub mod hub;
 pub mod pods;
 pub mod quiet;
 pub mod rig;
@@ -51,6 +52,8 @@ pub enum Measure {
     Delete,
     /// From a ConfigMap's edit to the file in the Pod.
     Edit,
+    /// cloudcore's memory for each idle session.
+    Hub,
 }
 
 #[derive(Debug, Args)]
@@ -76,6 +79,9 @@ pub struct Flags {
     /// ConfigMap edits on the peer's, which takes about a minute for each.
     #[arg(long, default_value_t = 3)]
     pub peer_edits: u32,
+    /// Hollow edges on each transport for the hub's memory.
+    #[arg(long, default_value_t = 1000)]
+    pub sessions: u32,
     /// Measure the stock kubelet alone.
     #[arg(long, conflicts_with = "no_peer")]
     pub peer_only: bool,
@@ -131,7 +137,8 @@ pub fn run(flags: &Flags) -> Result<i32> {
     Ok(i32::from(rows.iter().any(missed)))
 }
 
-/// The order matters: what needs empty nodes first, then what needs them full.
+/// The order matters: what needs empty nodes first, then what needs them full, and last what keeps
+/// the control plane busy.
 fn measured(flags: &Flags, rig: &mut Rig, rows: &mut Vec<Row>) {
     let mut add = |new: Vec<Row>| {
         // At once, so that a long run that is cut short has said what it knew.
@@ -146,35 +153,36 @@ fn measured(flags: &Flags, rig: &mut Rig, rows: &mut Vec<Row>) {
     if flags.wants(Measure::Edit) {
         add(pods::edits(flags, rig));
     }
-    let empty = match flags.wants(Measure::Resume) && !flags.peer_only {
-        true => Some(wire::resumes(rig)),
-        false => None,
-    };
     let full = [
         Measure::Idle,
         Measure::Memory,
         Measure::Key,
         Measure::Resume,
     ];
-    if !flags.wants_any(&full) {
-        return;
+    if flags.wants_any(&full) {
+        match quiet::fill(flags, rig) {
+            Ok(()) => at_rest(flags, rig, &mut add),
+            Err(error) => add(vec![Row::broken(
+                "Pods on each node",
+                "all Running",
+                &error,
+            )]),
+        }
     }
-    if let Err(error) = quiet::fill(flags, rig) {
-        add(vec![Row::broken(
-            "Pods on each node",
-            "all Running",
-            &error,
-        )]);
-        return;
+    if flags.wants(Measure::Hub) && !flags.peer_only {
+        add(hub::sessions(flags, rig));
     }
+}
+
+fn at_rest(flags: &Flags, rig: &mut Rig, add: &mut impl FnMut(Vec<Row>)) {
     if flags.wants_any(&[Measure::Idle, Measure::Memory]) {
         add(quiet::rest(flags, rig));
     }
     if flags.wants(Measure::Key) {
         add(wire::key(flags, rig));
     }
-    if let Some(empty) = empty {
-        add(wire::resume_rows(flags, rig, empty));
+    if flags.wants(Measure::Resume) && !flags.peer_only {
+        add(wire::resumes(flags, rig));
     }
 }
 

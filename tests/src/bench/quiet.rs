@@ -203,7 +203,10 @@ const SYMBOL_TABLE: u32 = 2;
 fn section_kinds(bytes: &[u8]) -> Option<Vec<u32>> {
     let number = |at: usize, size: usize| {
         let field = bytes.get(at..at.checked_add(size)?)?;
-        let value = field.iter().rev().fold(0u64, |value, byte| value << 8 | u64::from(*byte));
+        let value = field
+            .iter()
+            .rev()
+            .fold(0u64, |value, byte| value << 8 | u64::from(*byte));
         usize::try_from(value).ok()
     };
     bytes.starts_with(b"\x7fELF\x02\x01").then_some(())?;

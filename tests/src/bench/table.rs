@@ -155,11 +155,13 @@ pub fn render(rows: &[Row]) -> String {
             .collect();
         let _ = writeln!(out, "| {} |", padded.join(" | "));
     }
+    // An empty line ends a table in Markdown, so that the whole can be pasted into a document.
+    out.push('\n');
     for row in rows {
         if let Verdict::Broken(why) = &row.verdict {
-            let _ = writeln!(out, "  {}: not measured: {why}", row.measure);
+            let _ = writeln!(out, "- {}: not measured: {why}", row.measure);
         } else if !row.note.is_empty() {
-            let _ = writeln!(out, "  {}: {}", row.measure, row.note);
+            let _ = writeln!(out, "- {}: {}", row.measure, row.note);
         }
     }
     out

@@ -10,15 +10,13 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::Flags;
-use super::api::Api;
-use super::metrics;
+use super::admin;
 use super::pods::{Reader, Turn, fresh_value};
 use super::rig::{Node, Rig, Side};
-use super::table::{Row, Verdict, p50, show_bytes};
+use super::table::{Row, p50, show_bytes};
 use crate::bed::progress;
 use crate::netns::{Machine, Traffic};
 use crate::wait::wait_every;
-use crate::world::condition;
 
 /// Long against an answer, short against a keep-alive.
 const WINDOW: Duration = Duration::from_secs(3);
@@ -94,106 +92,31 @@ fn window(machine: &Machine, act: impl FnOnce() -> Result<()>) -> Result<f64> {
 
 /// What one reconnect cost.
 #[derive(Debug, Clone, Copy)]
-pub struct Resume {
-    pub side: Side,
+struct Resume {
+    side: Side,
     /// IP bytes, handshake included.
     packets: f64,
-    /// Bytes of the session's frames as cloudcore counted them, where it does.
-    frames: Option<f64>,
+    /// Bytes of the new session's streams in both directions, as cloudcore counts them, from its
+    /// begin until it fell silent: nothing of TLS, QUIC, TCP or IP.
+    session: f64,
+    /// Of these, until the edge had said that it holds all it should.
+    resumed: f64,
 }
 
 /// Cuts the links of all our nodes for a while, and counts what follows.
-pub fn resumes(rig: &Rig) -> Result<Vec<Resume>> {
-    progress("    cutting our links for a minute");
-    let mut nodes = rig.nodes();
-    nodes.retain(|node| node.side != Side::Peer);
-    for node in &nodes {
-        node.machine.cut()?;
+pub fn resumes(flags: &Flags, rig: &Rig) -> Vec<Row> {
+    let bar = "<= 2 KB beyond the handshake";
+    match cut_and_resume(rig).with_context(|| rig.story()) {
+        Ok(found) => found
+            .iter()
+            .map(|one| resume_row(flags, bar, one))
+            .collect(),
+        Err(error) => vec![Row::broken("resume with nothing changed", bar, &error)],
     }
-    std::thread::sleep(CUT);
-    let mut found = Vec::new();
-    // One after the other, so that cloudcore's counters are one node's.
-    for node in nodes {
-        found.push(resumed(rig, node).with_context(|| rig.story())?);
-    }
-    Ok(found)
 }
 
-fn resumed(rig: &Rig, node: Node<'_>) -> Result<Resume> {
-    let mut api = rig.api()?;
-    let (packets, frames) = (node.machine.forwarded()?, frame_bytes(rig, node.name));
-    node.machine.restore()?;
-    ready(&mut api, node.name)?;
-    silence(node.machine)?;
-    let after = frame_bytes(rig, node.name);
-    Ok(Resume {
-        side: node.side,
-        packets: total(node.machine.forwarded()?) - total(packets),
-        frames: frames.zip(after).map(|(before, after)| after - before),
-    })
-}
-
-/// Waits until cloudcore says that the node is connected: its Node is Ready, and something has
-/// crossed the link.
-fn ready(api: &mut Api, node: &str) -> Result<()> {
-    let path = format!("/api/v1/nodes/{node}");
-    let pause = Duration::from_millis(200);
-    wait_every(
-        &format!("Node {node} Ready"),
-        Duration::from_secs(120),
-        pause,
-        || {
-            let node: Value = api.call("GET", &path, None)?;
-            ensure!(condition(&node, "Ready") == Some("True"), "not Ready");
-            Ok(())
-        },
-    )
-}
-
-/// Waits until the link was used and then fell silent.
-fn silence(machine: &Machine) -> Result<()> {
-    let first = total(machine.forwarded()?);
-    let (mut last, mut since, mut used) = (first, Instant::now(), false);
-    wait_every(
-        "silence on the link",
-        Duration::from_secs(180),
-        SILENCE / 10,
-        || {
-            let seen = total(machine.forwarded()?);
-            if seen != last {
-                (last, since, used) = (seen, Instant::now(), true);
-            }
-            ensure!(used && since.elapsed() >= SILENCE, "it is in use");
-            Ok(())
-        },
-    )
-}
-
-/// The bytes of a node's frames so far, both directions.
-fn frame_bytes(rig: &Rig, _node: &str) -> Option<f64> {
-    let admin = rig.cloud.as_ref()?.admin;
-    metrics::sum(&metrics::fetch(admin, "/metrics").ok()?, FRAME_BYTES, &[])
-}
-
-/// cloudcore's counter of frame bytes by direction and class.
-const FRAME_BYTES: &str = "cloudcore_session_bytes_total";
-
-/// The reconnects with Pods, judged beside those without.
-pub fn resume_rows(flags: &Flags, rig: &Rig, empty: Result<Vec<Resume>>) -> Vec<Row> {
-    let bar = "<= 2.0 KB beyond the handshake";
-    let found = empty.and_then(|empty| Ok((empty, resumes(rig)?)));
-    let (empty, full) = match found {
-        Ok(found) => found,
-        Err(error) => return vec![Row::broken("resume with nothing changed", bar, &error)],
-    };
-    full.iter()
-        .zip(&empty)
-        .map(|(full, empty)| resume_row(flags, bar, full, empty))
-        .collect()
-}
-
-fn resume_row(flags: &Flags, bar: &str, full: &Resume, empty: &Resume) -> Row {
-    let transport = match full.side {
+fn resume_row(flags: &Flags, bar: &str, found: &Resume) -> Row {
+    let transport = match found.side {
         Side::Websocket => "WebSocket",
         Side::Quic | Side::Peer => "QUIC",
     };
@@ -201,26 +124,77 @@ fn resume_row(flags: &Flags, bar: &str, full: &Resume, empty: &Resume) -> Row {
         "resume with nothing changed, {} Pods, {transport}",
         flags.pods
     );
-    let row = Row::new(&measure, bar);
-    match full.frames {
-        Some(frames) => row
-            .beside(Some(frames), None, show_bytes)
-            .judged(Some(frames), 2000.0)
-            .noted(format!(
-                "frames as cloudcore counts them; IP packets, handshake included: {}",
-                show_bytes(full.packets)
-            )),
-        None => {
-            let beyond = full.packets - empty.packets;
-            let row = row.beside(Some(beyond), None, show_bytes).noted(format!(
-                "IP packets beyond those of the same resume without Pods ({}): cloudcore gave no \
-                 count of frames",
-                show_bytes(empty.packets)
-            ));
-            Row {
-                verdict: Verdict::of(beyond <= 2000.0),
-                ..row
-            }
-        }
+    let row = Row::new(&measure, bar).beside(Some(found.session), None, show_bytes);
+    row.judged(Some(found.session), 2000.0).noted(format!(
+        "all frames of the new session until it fell silent, {} of them until it was in sync; IP \
+         packets, handshake included: {}",
+        show_bytes(found.resumed),
+        show_bytes(found.packets)
+    ))
+}
+
+fn cut_and_resume(rig: &Rig) -> Result<Vec<Resume>> {
+    progress(&format!("    cutting our links for {} s", CUT.as_secs()));
+    let mut nodes = rig.nodes();
+    nodes.retain(|node| node.side != Side::Peer);
+    for node in &nodes {
+        node.machine.cut()?;
     }
+    std::thread::sleep(CUT);
+    nodes.into_iter().map(|node| resumed(rig, node)).collect()
+}
+
+fn resumed(rig: &Rig, node: Node<'_>) -> Result<Resume> {
+    let before = total(node.machine.forwarded()?);
+    ensure!(
+        session(rig, node.name)?.is_none(),
+        "cloudcore has not noticed the cut"
+    );
+    node.machine.restore()?;
+    let pause = Duration::from_millis(200);
+    wait_every(
+        &format!("session of {}", node.name),
+        Duration::from_secs(180),
+        pause,
+        || {
+            let session = session(rig, node.name)?.context("no session yet")?;
+            ensure!(session["inSyncMs"].as_u64() > Some(0), "not in sync yet");
+            Ok(())
+        },
+    )?;
+    silence(node.machine)?;
+    let session = session(rig, node.name)?.context("the session has ended again")?;
+    let bytes = |value: &Value| value.as_f64().context("no byte count in /sessions");
+    Ok(Resume {
+        side: node.side,
+        packets: total(node.machine.forwarded()?) - before,
+        session: bytes(&session["sent"]["bytes"])? + bytes(&session["received"]["bytes"])?,
+        resumed: bytes(&session["resumeBytes"])?,
+    })
+}
+
+/// What cloudcore says of a node's session, if there is one.
+fn session(rig: &Rig, node: &str) -> Result<Option<Value>> {
+    let admin = rig.cloud.as_ref().context("no cloudcore runs")?.admin;
+    let all: Value = serde_json::from_str(&admin::fetch(admin, "/sessions")?)?;
+    let mut all = all.as_array().into_iter().flatten();
+    Ok(all.find(|session| session["node"] == node).cloned())
+}
+
+/// Waits until nothing has crossed the link for a while.
+fn silence(machine: &Machine) -> Result<()> {
+    let (mut last, mut since) = (total(machine.forwarded()?), Instant::now());
+    wait_every(
+        "silence on the link",
+        Duration::from_secs(60),
+        SILENCE / 10,
+        || {
+            let seen = total(machine.forwarded()?);
+            if seen != last {
+                (last, since) = (seen, Instant::now());
+            }
+            ensure!(since.elapsed() >= SILENCE, "it is in use");
+            Ok(())
+        },
+    )
 }
