@@ -11,6 +11,7 @@
 //! would. A relay that is cut swallows everything and says nothing.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -261,16 +262,16 @@ fn relay_datagrams(socket: &Arc<UdpSocket>, shared: &Arc<Shared>) {
         let Ok((size, client)) = socket.recv_from(&mut buffer) else {
             continue;
         };
-        if !flows.contains_key(&client) {
+        let flow = match flows.entry(client) {
+            Entry::Occupied(known) => known.into_mut(),
             // A client without a way through hears nothing, as from a router without memory.
-            let Ok(up) = open_flow(client, socket, shared) else {
-                continue;
-            };
-            let seen = Instant::now();
-            flows.insert(client, Flow { up, seen });
-        }
-        let Some(flow) = flows.get_mut(&client) else {
-            continue;
+            Entry::Vacant(place) => match open_flow(client, socket, shared) {
+                Ok(up) => place.insert(Flow {
+                    up,
+                    seen: Instant::now(),
+                }),
+                Err(_) => continue,
+            },
         };
         flow.seen = Instant::now();
         if !offer(shared, Way::Up, &flow.up, &buffer[..size]) {
@@ -521,7 +522,7 @@ mod tests {
         let relay = Relay::start(HOST, echo_datagrams(), Shape::default()).expect("starts");
         let client = UdpSocket::bind((HOST, 0)).expect("a port");
         client.set_read_timeout(Some(MS(300))).expect("a limit");
-        let mut ask = || {
+        let ask = || {
             client.send_to(b"?", relay.address()).expect("sent");
             client.recv_from(&mut [0; 16]).is_ok()
         };
