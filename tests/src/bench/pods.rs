@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -234,11 +235,14 @@ pub struct Reader {
 
 impl Reader {
     pub fn start(api: &mut Api, turn: &Turn<'_>) -> Result<Reader> {
-        let name = format!("reader-{}", turn.node.name);
+        // A number of its own: one that a failed measure left behind is in nobody's way.
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("reader-{}-{number}", turn.node.name);
         let first = fresh_value(&name);
         api.call("POST", CONFIG_MAPS, Some(&config_map(&name, &first)))?;
-        // A number that no other process has on its command line, to find the container by.
-        let marker = format!("7{:08}", turn.node.pid.unwrap_or_default());
+        // A time that no other process sleeps, to find the container by.
+        let marker = format!("7{:07}{number:03}", std::process::id());
         let mut pod = resting_pod(&name, turn.node.name, json!(["sleep", marker]));
         pod["spec"]["containers"][0]["volumeMounts"] =
             json!([{"name": "config", "mountPath": "/etc/bench"}]);
