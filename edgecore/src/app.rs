@@ -32,7 +32,7 @@ use crate::hub::tokens::{ASKS, SessionTokens};
 use crate::hub::{self, clock};
 use crate::join::{self, Join, JoinError};
 use crate::node::ca::{self, CaError};
-use crate::node::reporter;
+use crate::node::{network, reporter};
 use crate::node::status::NodeConfig;
 use crate::pods::jobs::Paths;
 use crate::pods::ledger::LedgerStore;
@@ -213,7 +213,17 @@ async fn assemble(
         cri: runtime,
         runtime: pods.runtime.clone(),
         from_cloud: from_cloud.subscribe(),
-        environment,
+        environment: environment.clone(),
+    });
+    let network_task = network::Task::build(network::Deps {
+        store: store.clone(),
+        desired: desired.clone(),
+        node_name: identity.node.to_string(),
+        pod_cidr: config.pod_cidr.clone(),
+        cni_config_dir: config.cni_config_dir.clone(),
+        cni_bin_dir: config.cni_bin_dir.clone(),
+        from_cloud: from_cloud.subscribe(),
+        environment: environment.subscribe(),
     });
     let shown = Shown {
         node: identity.node.to_string(),
@@ -247,6 +257,7 @@ async fn assemble(
         "the node's status",
         Box::pin(node_task.run(shutdown.clone())),
     );
+    spawn("the Pods' network", Box::pin(network_task.run(shutdown.clone())));
     spawn("the hub", Box::pin(hub_task.run(shutdown.clone())));
     spawn(
         "the admin socket",
