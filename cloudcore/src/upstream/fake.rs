@@ -2,7 +2,7 @@
 //! strategic merge of statuses, UIDs that are checked, faults on demand, and a watch that may lag.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use common::ids::NodeName;
@@ -327,20 +327,30 @@ impl NodeViews for FakeApi {
 }
 
 /// A claim that a test holds and lets go.
-pub(super) struct FakeClaim(pub(super) AtomicBool);
+#[derive(Default)]
+pub(super) struct FakeClaim {
+    fresh: AtomicBool,
+    pub(super) doubts: AtomicUsize,
+}
 
 impl FakeClaim {
     pub(super) fn new(fresh: bool) -> Arc<Self> {
-        Arc::new(Self(AtomicBool::new(fresh)))
+        let claim = Self::default();
+        claim.set(fresh);
+        Arc::new(claim)
     }
 
     pub(super) fn set(&self, fresh: bool) {
-        self.0.store(fresh, Ordering::Relaxed);
+        self.fresh.store(fresh, Ordering::Relaxed);
     }
 }
 
 impl Fresh for FakeClaim {
     fn fresh(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.fresh.load(Ordering::Relaxed)
+    }
+
+    fn doubt(&self) {
+        self.doubts.fetch_add(1, Ordering::Relaxed);
     }
 }

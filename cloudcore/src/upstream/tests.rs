@@ -248,6 +248,8 @@ async fn a_conflict_is_read_again_and_computed_again() {
         "never moved back"
     );
     assert_eq!(rig.upstream.metrics().conflicts, 1);
+    let doubts = rig.claim.doubts.load(std::sync::atomic::Ordering::Relaxed);
+    assert_eq!(doubts, 1, "the Lease is worth a look");
 }
 
 #[tokio::test(start_paused = true)]
