@@ -256,7 +256,7 @@ impl Claims {
         let mut owners = self.inner.owners();
         let before = owners.insert(node.clone(), uid.to_string());
         drop(owners);
-        if before.is_some_and(|before| before != uid) {
+        if before.as_deref() != Some(uid) {
             self.inner.hurry(node);
         }
     }
