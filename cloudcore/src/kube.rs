@@ -59,6 +59,10 @@ pub enum KubeError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    #[error(
+        "kubeconfig {path} names a proxy-url, which is not supported: give one that reaches the API server directly"
+    )]
+    Proxy { path: String },
     #[error("TLS to the API server {server} cannot be set up")]
     Tls {
         server: String,

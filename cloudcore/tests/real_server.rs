@@ -3,6 +3,12 @@
 //! Ignored unless asked for, since it needs one: `CLOUDCORE_TEST_KUBECONFIG` names its kubeconfig.
 //! A controller manager should run too; no `cloudcore` may.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test stops at the first surprise and says how long things took"
+)]
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
