@@ -64,12 +64,11 @@ impl TokenSource {
     /// Never returns.
     pub(crate) async fn keep_fresh(&self) {
         loop {
-            let wait = *self.renew_in.borrow();
-            let early = tokio::time::timeout(wait, self.refused.notified()).await;
-            if early.is_ok() {
-                // A server that refuses every token must not be asked in a circle.
-                tokio::time::sleep(RETRY).await;
-            }
+            // A server that refuses every token must not be asked in a circle.
+            tokio::time::sleep(RETRY).await;
+            let wait = self.renew_in.borrow().saturating_sub(RETRY);
+            // Either the time has come, or the server refused the token before it.
+            let _ = tokio::time::timeout(wait, self.refused.notified()).await;
             if let Err(error) = self.renew().await {
                 self.renew_in.send_replace(RETRY);
                 tracing::warn!(error = %crate::chain(&error), "CloudCore's token was not renewed");

@@ -182,8 +182,9 @@ impl KeeperTask {
                 event = events.next() => match event {
                     Some(Ok(event)) => {
                         complete |= matches!(event, watcher::Event::InitDone);
+                        let at = Instant::now() + settle(&event);
                         let touched = self.apply(event, &mut listed);
-                        due.extend(touched.into_iter().map(|name| (name, Instant::now())));
+                        due.extend(touched.into_iter().map(|name| (name, at)));
                     }
                     Some(Err(error)) => {
                         tracing::warn!(error = %crate::chain(&error), "the watch of edge Nodes broke; it begins again");
@@ -302,6 +303,18 @@ impl KeeperTask {
     }
 }
 
+/// A Node that went is mostly being made again by the step that let it go: its successor's event
+/// is waited for.
+fn settle(event: &watcher::Event<PartialObjectMeta<Node>>) -> Duration {
+    match event {
+        watcher::Event::Delete(_) => Duration::from_millis(250),
+        watcher::Event::Init
+        | watcher::Event::InitApply(_)
+        | watcher::Event::InitDone
+        | watcher::Event::Apply(_) => Duration::ZERO,
+    }
+}
+
 fn look(node: &PartialObjectMeta<Node>) -> Option<(NodeName, Seen)> {
     let meta = &node.metadata;
     let name = NodeName::parse(meta.name.as_deref()?).ok()?;
@@ -350,39 +363,41 @@ impl Keeper {
 
     /// Puts our finalizer and label back on a Node that we made.
     async fn adopt(&self, name: &NodeName) -> Result<(), KubeError> {
-        let Some(node) = find(&self.client, name).await? else {
-            return Ok(());
-        };
-        if node.metadata.deletion_timestamp.is_some() {
-            return Ok(());
-        }
-        if !birth::is_ours(&node, &self.cluster) {
-            tracing::warn!(node = %name, "a Node of an enrolled device's name exists that CloudCore did not make; it is left alone");
-            return Ok(());
-        }
-        let mut finalizers = node.finalizers().to_vec();
-        if !carries_finalizer(&node) {
-            finalizers.push(FINALIZER.into());
-        }
-        let patch = json!({"metadata": {
-            "finalizers": finalizers,
-            "labels": {EDGE_LABEL: ""},
-            "uid": node.metadata.uid,
-            "resourceVersion": node.metadata.resource_version,
-        }});
         let nodes: Api<Node> = Api::all(self.client.clone());
-        match nodes
-            .patch(
-                name.as_str(),
-                &PatchParams::default(),
-                &Patch::Merge(&patch),
-            )
-            .await
-        {
-            Ok(_) => Ok(()),
-            Err(e) if is_absent(&e) => Ok(()),
-            Err(e) => Err(KubeError::api(format!("taking Node {name} into care"))(e)),
+        while let Some(node) = find(&self.client, name).await? {
+            if node.metadata.deletion_timestamp.is_some() {
+                return Ok(());
+            }
+            if !birth::is_ours(&node, &self.cluster) {
+                tracing::warn!(node = %name, "a Node of an enrolled device's name exists that CloudCore did not make; it is left alone");
+                return Ok(());
+            }
+            if carries_finalizer(&node) && node.labels().contains_key(EDGE_LABEL) {
+                return Ok(());
+            }
+            let mut finalizers = node.finalizers().to_vec();
+            if !carries_finalizer(&node) {
+                finalizers.push(FINALIZER.into());
+            }
+            let patch = json!({"metadata": {
+                "finalizers": finalizers,
+                "labels": {EDGE_LABEL: ""},
+                "uid": node.metadata.uid,
+                "resourceVersion": node.metadata.resource_version,
+            }});
+            let params = PatchParams::default();
+            match nodes
+                .patch(name.as_str(), &params, &Patch::Merge(&patch))
+                .await
+            {
+                Ok(_) => return Ok(()),
+                Err(e) if is_absent(&e) => return Ok(()),
+                // Its status changes all the time: each loss is somebody's progress.
+                Err(e) if is_conflict(&e) => {}
+                Err(e) => return Err(KubeError::api(format!("taking Node {name} into care"))(e)),
+            }
         }
+        Ok(())
     }
 
     async fn rescue(&self, name: &NodeName) -> Result<(), KubeError> {
