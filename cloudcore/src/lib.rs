@@ -8,39 +8,19 @@ pub mod kube;
 pub mod nodes;
 
 /// An error with all its causes on one line.
-pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = words(error);
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {
-        let said = words(cause);
+        let said = cause.to_string();
         // Some libraries repeat their source's words in their own.
         if !text.contains(&said) {
             text.push_str(": ");
             text.push_str(&said);
         }
-        if is_answer(cause) {
-            break;
-        }
         next = cause.source();
     }
     text
-}
-
-/// An answer of the API server ends the chain: below it there is only the same, spelt out.
-fn is_answer(error: &(dyn std::error::Error + 'static)) -> bool {
-    matches!(error.downcast_ref(), Some(::kube::Error::Api(_)))
-}
-
-fn words(error: &(dyn std::error::Error + 'static)) -> String {
-    match error.downcast_ref() {
-        Some(::kube::Error::Api(status)) => {
-            format!(
-                "the API server answered {}: {}",
-                status.code, status.message
-            )
-        }
-        Some(_) | None => error.to_string(),
-    }
 }
 
 /// Lower-case hexadecimal digits.
@@ -66,27 +46,3 @@ pub(crate) const BASE32: [char; 32] = [
     'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h', 'j', 'k', 'm', 'n', 'p', 'q', 'r', 's', 't', 'u', 'v',
     'w', 'x', 'y', 'z', '2', '3', '4', '5', '6', '7', '8', '9', '0',
 ];
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_error_is_told_with_its_causes_and_the_servers_own_words() {
-        let status = ::kube::core::Status::failure("no such thing", "NotFound").with_code(404);
-        let answer = ::kube::Error::Api(Box::new(status));
-        let error = crate::kube::KubeError::api("reading Node a")(answer);
-        assert_eq!(
-            chain(&error),
-            "reading Node a failed: the API server answered 404: no such thing"
-        );
-    }
-
-    #[test]
-    fn hexadecimal_digits_are_read_strictly() {
-        assert_eq!(unhex(&hex(&[0, 255, 16])), Some(vec![0, 255, 16]));
-        for bad in ["0", "0g", "é"] {
-            assert_eq!(unhex(bad), None, "{bad}");
-        }
-    }
-}

@@ -22,7 +22,7 @@ use cloudcore::kube::epoch::{begin_epoch, read_epoch};
 use cloudcore::kube::{Access, Impersonation, KubeClients, Mode, status_code};
 use cloudcore::nodes::claim::Claims;
 use cloudcore::nodes::keeper;
-use cloudcore::nodes::tolerations::Tolerations;
+use cloudcore::nodes::tolerations::{BoundPod, Tolerations};
 use common::hub::proto::{JoinRequest, RefusalCode};
 use common::ids::NodeName;
 use common::pki::token::TokenSecret;
@@ -175,7 +175,7 @@ async fn check_tolerations(clients: &KubeClients, admin: &Client, stop: &Cancell
     let pods: Api<Pod> = Api::namespaced(admin.clone(), "default");
     eventually("the default tolerations have no end", async || {
         let pod = pods.get("on-a").await.unwrap();
-        handle.observe(&pod);
+        handle.observe(&BoundPod::read(&pod).unwrap());
         let tolerations = pod.spec.unwrap().tolerations.unwrap();
         assert!(tolerations.len() >= 2);
         tolerations

@@ -14,7 +14,7 @@ use kube::api::PostParams;
 use kube::{Api, Client};
 use tokio::sync::{Notify, watch};
 
-use super::{Access, KubeError, NAMESPACE, SERVICE_ACCOUNT, is_absent};
+use super::{Access, Fault, KubeError, NAMESPACE, SERVICE_ACCOUNT, is_absent};
 
 /// The shortest that most servers give, and the longest that a stolen one should work.
 const LIFETIME: Duration = Duration::from_secs(3600);
@@ -112,7 +112,7 @@ async fn request_token(client: &Client) -> Result<(HeaderValue, Duration), KubeE
             if is_absent(&e) {
                 KubeError::NotInstalled
             } else {
-                KubeError::TokenRequest(e)
+                KubeError::TokenRequest(Fault(e))
             }
         })?;
     let malformed = |why: &str| KubeError::Malformed {

@@ -37,7 +37,7 @@ use tokio_util::sync::CancellationToken;
 use common::ids::NodeName;
 
 use crate::enroll::record;
-use crate::kube::{KubeClients, KubeError, is_absent, is_conflict};
+use crate::kube::{Fault, KubeClients, KubeError, is_absent, is_conflict};
 use crate::nodes;
 
 use lease::next_epoch;
@@ -65,7 +65,7 @@ pub enum ClaimError {
     #[error("{0} was claimed by another session {TRIES} times in a row")]
     Contended(NodeName),
     #[error("the Lease of {0} was not claimed")]
-    Lease(NodeName, #[source] kube::Error),
+    Lease(NodeName, #[source] Fault),
     #[error("{0} was not claimed")]
     Kube(NodeName, #[source] KubeError),
 }
@@ -202,7 +202,7 @@ impl Claims {
                     return Ok(self.inner.admit(live));
                 }
                 Err(e) if is_conflict(&e) || is_absent(&e) => {}
-                Err(e) => return Err(ClaimError::Lease(node.clone(), e)),
+                Err(e) => return Err(ClaimError::Lease(node.clone(), Fault(e))),
             }
         }
         Err(ClaimError::Contended(node.clone()))
@@ -238,7 +238,7 @@ impl Inner {
         let present = self
             .read(node)
             .await
-            .map_err(|e| ClaimError::Lease(node.clone(), e))?;
+            .map_err(|e| ClaimError::Lease(node.clone(), Fault(e)))?;
         let held = present
             .as_ref()
             .and_then(|l| Held::read(l, Timestamp::now()));
@@ -381,10 +381,10 @@ impl Inner {
                     return Ok(true);
                 }
                 Err(e) if is_conflict(&e) || is_absent(&e) => {}
-                Err(e) => return Err(ClaimError::Lease(live.node.clone(), e)),
+                Err(e) => return Err(ClaimError::Lease(live.node.clone(), Fault(e))),
             }
             let present = self.read(&live.node).await;
-            let present = present.map_err(|e| ClaimError::Lease(live.node.clone(), e))?;
+            let present = present.map_err(|e| ClaimError::Lease(live.node.clone(), Fault(e)))?;
             if let Some(held) = present
                 .as_ref()
                 .and_then(|l| Held::read(l, Timestamp::now()))

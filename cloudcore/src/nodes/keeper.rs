@@ -26,7 +26,7 @@ use super::tolerations::AUTONOMY;
 use super::{carries_finalizer, ensure, find, release};
 use crate::enroll::cache::Enrolments;
 use crate::enroll::record::{self, records};
-use crate::kube::{KubeError, is_absent, is_conflict};
+use crate::kube::{KubeError, WatchBackoff, is_absent, is_conflict};
 
 /// Nodes put right at once: a fleet whose Nodes were all deleted comes back at some hundred a
 /// second and leaves the API server room.
@@ -152,7 +152,9 @@ impl KeeperTask {
         self.keeper.enrolments.synced().await;
         let api: Api<PartialObjectMeta<Node>> = Api::all(self.watch.clone());
         let config = watcher::Config::default().labels(EDGE_LABEL);
-        let mut events = watcher(api, config).default_backoff().boxed();
+        let mut events = watcher(api, config)
+            .backoff(WatchBackoff::default())
+            .boxed();
         let (mut listed, mut complete) = (Map::new(), false);
         let mut due: BTreeMap<NodeName, Instant> = BTreeMap::new();
         let mut running: FuturesUnordered<Running> = FuturesUnordered::new();
