@@ -71,7 +71,8 @@ impl Access {
         Client::try_from(self.config.clone()).map_err(|source| self.tls_error(source))
     }
 
-    pub(crate) fn server(&self) -> &http::Uri {
+    /// The API server's address.
+    pub fn server(&self) -> &http::Uri {
         &self.config.cluster_url
     }
 
