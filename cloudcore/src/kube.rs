@@ -300,34 +300,4 @@ impl KubeTask {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_error_is_told_in_the_api_servers_own_words() {
-        let status = kube::core::Status::failure("no such thing", "NotFound").with_code(404);
-        let error = KubeError::api("reading Node a")(kube::Error::Api(Box::new(status)));
-        assert_eq!(
-            crate::chain(&error),
-            "reading Node a failed: the API server answered 404: no such thing"
-        );
-    }
-
-    #[test]
-    fn a_watch_that_breaks_again_waits_longer_and_one_that_holds_starts_afresh() {
-        use kube::runtime::utils::Backoff;
-        let mut waits = WatchBackoff::default();
-        let all: Vec<_> = waits.by_ref().take(8).map(|w| w.as_millis()).collect();
-        assert!(
-            all[0] <= 500 && all[1] > all[0] && all[7] >= 3500,
-            "{all:?}"
-        );
-        assert!(all.iter().all(|w| *w <= 5000), "{all:?}");
-        waits.reset();
-        assert!(
-            waits
-                .next()
-                .is_some_and(|w| w <= Duration::from_millis(500))
-        );
-    }
-}
+mod tests;
