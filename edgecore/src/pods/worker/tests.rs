@@ -734,6 +734,28 @@ async fn orphans_are_removed_only_once_the_cloud_has_said_that_the_set_is_comple
 }
 
 #[tokio::test(start_paused = true)]
+async fn events_are_acted_on_at_once_and_replace_the_polling_once_they_come() {
+    let d = Device::new();
+    d.fake.with_events();
+    let _agent = d.start();
+    // Between two comparisons at rest.
+    d.fake.program("main", ends(92, 0));
+    let key = d.put(&pod("web", "u1"));
+    d.until("running", || d.phase(&key) == "Running").await;
+    d.fake.program("main", ends(600, 0));
+    sleep(Duration::from_millis(92_010)).await;
+    d.fake.tick();
+    let started = || d.fake.calls().contains(&"StartContainer main/1".to_owned());
+    let took = d.until("restarted", started).await;
+    assert!(took < Duration::from_millis(100), "{took:?}");
+    sleep(Duration::from_secs(60)).await;
+    d.fake.count_looks();
+    sleep(Duration::from_secs(300)).await;
+    let looks = d.fake.count_looks();
+    assert!(looks < 30, "{looks} calls in five minutes");
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_object_of_others_costs_a_pod_nothing() {
     let d = Device::new();
     let _agent = d.start();
