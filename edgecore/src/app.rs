@@ -32,8 +32,8 @@ use crate::hub::tokens::{ASKS, SessionTokens};
 use crate::hub::{self, clock};
 use crate::join::{self, Join, JoinError};
 use crate::node::ca::{self, CaError};
-use crate::node::{network, reporter};
 use crate::node::status::NodeConfig;
+use crate::node::{network, reporter};
 use crate::pods::jobs::Paths;
 use crate::pods::ledger::LedgerStore;
 use crate::pods::manager::{self, PodManager};
@@ -257,7 +257,10 @@ async fn assemble(
         "the node's status",
         Box::pin(node_task.run(shutdown.clone())),
     );
-    spawn("the Pods' network", Box::pin(network_task.run(shutdown.clone())));
+    spawn(
+        "the Pods' network",
+        Box::pin(network_task.run(shutdown.clone())),
+    );
     spawn("the hub", Box::pin(hub_task.run(shutdown.clone())));
     spawn(
         "the admin socket",

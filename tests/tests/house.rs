@@ -40,12 +40,25 @@ fn every_file_and_name_of_the_flows_exists() {
 #[test]
 fn edgecore_links_no_kubernetes_client() {
     let tree = Command::new(env!("CARGO"))
-        .args(["tree", "--package", "edgecore", "--edges", "normal", "--prefix", "none", "--offline"])
+        .args([
+            "tree",
+            "--package",
+            "edgecore",
+            "--edges",
+            "normal",
+            "--prefix",
+            "none",
+            "--offline",
+        ])
         .current_dir(root())
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&tree.stdout);
-    assert!(text.contains("k8s-openapi"), "cargo tree failed: {}", String::from_utf8_lossy(&tree.stderr));
+    assert!(
+        text.contains("k8s-openapi"),
+        "cargo tree failed: {}",
+        String::from_utf8_lossy(&tree.stderr)
+    );
     for client in ["kube v", "kube-client v", "kube-runtime v"] {
         assert!(!text.contains(client), "edgecore links {client}");
     }
@@ -64,7 +77,14 @@ fn files_that_decide_read_no_clock_and_do_no_input_or_output() {
     ] {
         let text = read(&root().join(file));
         let code = text.split("#[cfg(test)]").next().unwrap_or_default();
-        for word in ["std::fs", "std::net", "tokio::", "SystemTime", "Instant::now", "Timestamp::now"] {
+        for word in [
+            "std::fs",
+            "std::net",
+            "tokio::",
+            "SystemTime",
+            "Instant::now",
+            "Timestamp::now",
+        ] {
             assert!(!code.contains(word), "{file} uses {word}");
         }
     }
@@ -73,11 +93,24 @@ fn files_that_decide_read_no_clock_and_do_no_input_or_output() {
 #[test]
 fn the_top_level_is_the_agreed_one() {
     let agreed = [
-        "Cargo.lock", "Cargo.toml", "LICENSE", "README.md", "cloudcore", "common", "deploy",
-        "device-mappers", "docs", "edgecore", "target", "tests",
+        "Cargo.lock",
+        "Cargo.toml",
+        "LICENSE",
+        "README.md",
+        "cloudcore",
+        "common",
+        "deploy",
+        "device-mappers",
+        "docs",
+        "edgecore",
+        "target",
+        "tests",
     ];
     for entry in std::fs::read_dir(root()).unwrap() {
         let name = entry.unwrap().file_name().to_string_lossy().into_owned();
-        assert!(name.starts_with('.') || agreed.contains(&name.as_str()), "{name} is not agreed");
+        assert!(
+            name.starts_with('.') || agreed.contains(&name.as_str()),
+            "{name} is not agreed"
+        );
     }
 }

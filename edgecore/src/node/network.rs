@@ -22,11 +22,8 @@ use super::environment::Environment;
 use crate::pods::network::{
     self, Network, NetworkConfig, NetworkError, Range, RangeInputs, RangeKeeper,
 };
-use crate::store::desired::{Desired, Lookup};
 use crate::store::Store;
-
-/// Where distributions put the CNI plugins.
-const BIN_DIRS: [&str; 2] = ["/opt/cni/bin", "/usr/lib/cni"];
+use crate::store::desired::{Desired, Lookup};
 
 /// A missing plugin or a taken address is mended by people: looked at again at this pace.
 const AGAIN: Duration = Duration::from_secs(30);
@@ -62,13 +59,20 @@ impl RangeKeeper for KeptRange<'_> {
     }
 
     fn keep(&self, range: &str) -> Result<(), String> {
-        self.0.meta().put(RANGE, range.as_bytes()).map_err(|e| chain(&e))
+        self.0
+            .meta()
+            .put(RANGE, range.as_bytes())
+            .map_err(|e| chain(&e))
     }
 }
 
 impl Task {
     pub fn build(deps: Deps) -> Self {
-        Self { deps, dns: None, told: None }
+        Self {
+            deps,
+            dns: None,
+            told: None,
+        }
     }
 
     /// Until shutdown. Pods keep their addresses after it.
@@ -93,7 +97,9 @@ impl Task {
         }
         let result = self.ensure(&cloud.unwrap_or_default());
         let text = match &result {
-            Ok(Network::Foreign { file }) => format!("CNI configuration {} is used", file.display()),
+            Ok(Network::Foreign { file }) => {
+                format!("CNI configuration {} is used", file.display())
+            }
             Ok(Network::Own { range, .. }) => format!("Pods get addresses from {range}"),
             Err(error) => format!("Pods have no network: {}", chain(error)),
         };
@@ -109,13 +115,24 @@ impl Task {
     fn ensure(&self, cloud: &NodeEnvironment) -> Result<Network, NetworkError> {
         let config = NetworkConfig {
             conf_dir: self.deps.cni_config_dir.clone(),
-            bin_dir: self.deps.cni_bin_dir.clone().unwrap_or_else(bin_dir),
             ..NetworkConfig::default()
+        };
+        let config = match &self.deps.cni_bin_dir {
+            Some(dir) => NetworkConfig {
+                bin_dirs: vec![dir.clone()],
+                ..config
+            },
+            None => config,
         };
         let routes = std::fs::read_to_string("/proc/net/route").unwrap_or_default();
         let addresses = [cloud.api_host.parse().ok(), cloud.cluster_dns.parse().ok()];
         let mut cluster = network::cluster_ranges(addresses.into_iter().flatten());
-        cluster.extend(cloud.cluster_ranges.iter().filter_map(|r| r.parse::<Range>().ok()));
+        cluster.extend(
+            cloud
+                .cluster_ranges
+                .iter()
+                .filter_map(|r| r.parse::<Range>().ok()),
+        );
         let inputs = RangeInputs {
             configured: self.deps.pod_cidr.as_deref().map(str::parse).transpose()?,
             pod_cidr: self.node_range(),
@@ -128,22 +145,32 @@ impl Task {
     /// The Node's `spec.podCIDR`, where the cluster gave one already.
     fn node_range(&self) -> Option<Range> {
         let key = ObjectKey::named(Kind::Node, "", &self.deps.node_name);
-        let Lookup::Present(bytes) = self.deps.desired.lookup(&key) else { return None };
+        let Lookup::Present(bytes) = self.deps.desired.lookup(&key) else {
+            return None;
+        };
         let node: serde_json::Value = serde_json::from_slice(&bytes).ok()?;
         node.pointer("/spec/podCIDR")?.as_str()?.parse().ok()
     }
 
     async fn cluster_addresses(&mut self, shutdown: &CancellationToken) {
-        let Some(environment) = self.deps.environment.borrow_and_update().clone() else { return };
+        let Some(environment) = self.deps.environment.borrow_and_update().clone() else {
+            return;
+        };
         let api = environment.api_service.map(|(ip, _)| ip);
         let wanted = held_addresses(api, environment.cluster_dns);
         if let Err(error) = self.hold(&wanted) {
             warn!(error = %chain(&error), "Pods cannot reach the cluster's addresses");
             return;
         }
-        let Some(dns) = environment.cluster_dns else { return };
+        let Some(dns) = environment.cluster_dns else {
+            return;
+        };
         let listen = SocketAddr::new(dns, 53);
-        if self.dns.as_ref().is_some_and(|(at, task)| *at == listen && !task.is_finished()) {
+        if self
+            .dns
+            .as_ref()
+            .is_some_and(|(at, task)| *at == listen && !task.is_finished())
+        {
             return;
         }
         let config = DnsConfig {
@@ -181,9 +208,4 @@ impl Task {
         }
         Ok(())
     }
-}
-
-fn bin_dir() -> PathBuf {
-    let has_bridge = |dir: &&&str| Path::new(dir).join("bridge").exists();
-    BIN_DIRS.iter().find(has_bridge).unwrap_or(&BIN_DIRS[0]).into()
 }
