@@ -135,10 +135,10 @@ async fn stalled_readers_block_neither_other_streams_nor_control() {
         let (edge, served) = cloud.pair(kind).await;
         // As many as may be open but one, each written to until it stalls.
         let mut stalled = Vec::new();
-        for i in 1..cloud.link.max_streams {
+        for i in 1..cloud.link.cloud_streams {
             let class = Class::ALL[usize::from(i) % Class::COUNT];
-            let (mut send, recv) = edge.open(class, &head(1)).await.expect("open");
-            let incoming = served.accept().await.expect("accept");
+            let (mut send, recv) = served.open(class, &head(1)).await.expect("open");
+            let incoming = edge.accept().await.expect("accept");
             let writer = tokio::spawn(async move {
                 // Ends only when the test is over.
                 let _end = send.write_all(Bytes::from(vec![0; 1 << 20])).await;
@@ -150,8 +150,8 @@ async fn stalled_readers_block_neither_other_streams_nor_control() {
             stalled.iter().all(|(writer, ..)| !writer.is_finished()),
             "all are stalled"
         );
-        let (mut send, _recv) = edge.open(Class::Bulk, &head(2)).await.expect("open");
-        let mut incoming = timeout(SOON, served.accept())
+        let (mut send, _recv) = served.open(Class::Bulk, &head(2)).await.expect("open");
+        let mut incoming = timeout(SOON, edge.accept())
             .await
             .expect("in time")
             .expect("accept");
