@@ -384,7 +384,7 @@ enum Face {
 
 /// A device that asks to join. It has shown nothing yet but its request.
 pub struct JoinStream {
-    request: JoinRequest,
+    request: Box<JoinRequest>,
     remote: SocketAddr,
     /// Boxed: a join waits in the same queue as sessions, which are a few words.
     stream: Box<tokio_rustls::server::TlsStream<Socket>>,
@@ -397,7 +397,7 @@ impl JoinStream {
         remote: SocketAddr,
     ) -> Result<Self, TransportError> {
         let bytes = read_framed(&mut stream, JOIN_REQUEST_LIMIT).await?;
-        let request = decode_request(&bytes)?;
+        let request = Box::new(decode_request(&bytes)?);
         Ok(Self {
             request,
             remote,

@@ -25,6 +25,7 @@ use tokio::sync::Mutex;
 use super::mux::Side;
 use super::proto::StreamHead;
 use super::{quic, ws};
+use crate::pki::{NodeIdentity, PkiError};
 
 mod counters;
 mod error;
@@ -287,6 +288,13 @@ impl Connection {
     /// The peer's chain as verified, leaf first.
     pub fn peer_certificates(&self) -> &[CertificateDer<'static>] {
         &self.shared.peer
+    }
+
+    /// Who the peer is by its certificate; for the cloud's end.
+    pub fn identity(&self) -> Result<NodeIdentity, PkiError> {
+        let leaf = self.shared.peer.first();
+        let leaf = leaf.ok_or(PkiError::NotANode("the peer showed no certificate"))?;
+        NodeIdentity::from_certificate(leaf)
     }
 
     /// Over QUIC it may change while the connection lives.

@@ -8,7 +8,6 @@ use tokio::time::{Instant, timeout};
 use super::*;
 use crate::hub::testing::{Cloud, cluster};
 use crate::ids::NodeName;
-use crate::pki::NodeIdentity;
 
 const BOTH: [TransportKind; 2] = [TransportKind::Quic, TransportKind::WebSocket];
 const SOON: Duration = Duration::from_secs(10);
@@ -56,8 +55,8 @@ async fn a_stream_carries_its_head_and_its_bytes_there_and_back() {
     for kind in BOTH {
         let mut cloud = Cloud::start().await;
         let (edge, served) = cloud.pair(kind).await;
-        let identity = NodeIdentity::from_certificate(&served.peer_certificates()[0]);
-        let identity = identity.expect("the device's certificate");
+        let identity = served.identity().expect("the device's certificate");
+        assert!(edge.identity().is_err(), "the cloud is no node");
         assert_eq!(identity.node, NodeName::parse("shop-7").expect("name"));
         assert_eq!(identity.cluster, cluster());
         // Either side opens.
