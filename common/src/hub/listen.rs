@@ -201,6 +201,13 @@ impl Listener {
         Ok(())
     }
 
+    /// Waits until the last words of closed QUIC sessions have left, at most `limit`. Before the
+    /// process ends.
+    pub async fn drain(&self, limit: Duration) {
+        // Whoever has not acknowledged by then learns it from silence.
+        drop(tokio::time::timeout(limit, self.shared.endpoint.wait_idle()).await);
+    }
+
     /// How many were turned away, by reason.
     pub fn refused(&self) -> Refused {
         self.shared.gate.refused()
