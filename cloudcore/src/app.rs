@@ -99,6 +99,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             ..LinkConfig::default()
         },
         limits: Limits::default(),
+        reset_key: authority.ca.derive("quic stateless reset"),
     };
     let (listener, listen_task) = listen::bind(listening, tls).await?;
     let registry = Registry::default();

@@ -72,6 +72,8 @@ pub struct ListenConfig {
     pub address: SocketAddr,
     pub link: LinkConfig,
     pub limits: Limits,
+    /// Shared by the replicas of one cloud and kept over restarts; see `pki::Ca::derive`.
+    pub reset_key: [u8; 32],
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -125,8 +127,13 @@ pub async fn bind(
     let (tcp, udp, address) = bind_pair(config.address).await?;
     let server = quic::server_config(tls.hub.clone(), &config.link).map_err(ListenError::Tls)?;
     let runtime = Arc::new(quinn::TokioRuntime);
-    let endpoint = quinn::Endpoint::new(quic::endpoint_config(), Some(server), udp, runtime)
-        .map_err(bind_error(address, "QUIC"))?;
+    let endpoint = quinn::Endpoint::new(
+        quic::listening_config(&config.reset_key),
+        Some(server),
+        udp,
+        runtime,
+    )
+    .map_err(bind_error(address, "QUIC"))?;
     let gate = Gate::new(config.limits.handshakes, config.limits.per_source);
     let shared = Arc::new(Shared {
         endpoint,

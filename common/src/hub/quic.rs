@@ -17,10 +17,15 @@ const INCOMING_BUFFER: u64 = 8 * 1024;
 const INCOMING_BUFFERS: u64 = 1024 * 1024;
 const MAX_INCOMING: usize = 512;
 
-/// How an endpoint names its connections. The place where connection ids that name a replica, and
-/// reset keys shared between replicas, come in; both are quinn's own until there are several.
-pub(super) fn endpoint_config() -> EndpointConfig {
-    EndpointConfig::default()
+/// How an endpoint answers datagrams of connections that it does not know: with a reset that only
+/// a holder of `reset_key` can make. The replicas of one cloud share it, and it outlives their
+/// processes, so that a device whose cloud was killed hears so at its next datagram instead of
+/// waiting for silence. Connection ids that name a replica come in here.
+pub(super) fn listening_config(reset_key: &[u8; 32]) -> EndpointConfig {
+    EndpointConfig::new(Arc::new(ring::hmac::Key::new(
+        ring::hmac::HMAC_SHA256,
+        reset_key,
+    )))
 }
 
 fn transport(config: &LinkConfig, side: Side) -> Arc<quinn::TransportConfig> {
@@ -85,7 +90,7 @@ pub(super) async fn dial(
     };
     let socket = std::net::UdpSocket::bind(any).map_err(TransportError::unusable)?;
     let runtime = Arc::new(quinn::TokioRuntime);
-    let endpoint = quinn::Endpoint::new(endpoint_config(), None, socket, runtime)
+    let endpoint = quinn::Endpoint::new(EndpointConfig::default(), None, socket, runtime)
         .map_err(TransportError::unusable)?;
     let crypto =
         QuicClientConfig::try_from(tls.config.clone()).map_err(TransportError::unusable)?;

@@ -59,6 +59,7 @@ impl Cloud {
         let config = ListenConfig {
             address: ([127, 0, 0, 1], 0).into(),
             link: link.clone(),
+            reset_key: [7; 32],
             limits,
         };
         let (listener, task) = bind(config, tls).await.expect("bind");

@@ -354,6 +354,7 @@ async fn a_taken_port_is_named() {
     let config = ListenConfig {
         address: cloud.address(),
         link: LinkConfig::default(),
+        reset_key: [7; 32],
         limits: Limits::default(),
     };
     let error = bind(config, server_tls(&cloud.ca))
