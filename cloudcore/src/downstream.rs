@@ -7,7 +7,7 @@
 //! ```text
 //!  pods   ─┐                                         ┌─▶ NodeFeed  (a session each)
 //!  nodes  ─┼─ bounded queue ─▶ index ─▶ published ───┤
-//!  services┘        ▲            │                   └─▶ PodViews, pod(uid)
+//!  services┘        ▲            │                   └─▶ LiveFeed, pod(uid), node(name)
 //!                   └─ configs ◀─┘ read, watch
 //! ```
 //!
@@ -36,11 +36,11 @@ use tokio_util::sync::CancellationToken;
 use self::configs::{Configs, Told};
 use self::feed::{Ask, Feed, Seen};
 pub use self::index::Malformed;
-pub use self::index::pod::PodView;
+pub use self::index::live::{Live, NodeView, PodView};
 use self::index::{Changes, Index};
 pub use self::metrics::Metrics;
 use self::published::Published;
-pub use self::published::{NodeFeed, NodeSnapshot, PodViews};
+pub use self::published::{LiveFeed, NodeFeed, NodeSnapshot};
 use self::source::Access;
 pub use self::versioned::Versioned;
 
@@ -119,9 +119,14 @@ impl Downstream {
         self.published.pod(uid)
     }
 
-    /// The live state of all of a node's Pods, as it changes.
-    pub fn pod_views(&self, node: &NodeName) -> PodViews {
-        self.published.pod_views(node)
+    /// The live state of an edge node's Node.
+    pub fn node(&self, node: &NodeName) -> Option<Arc<NodeView>> {
+        self.published.node(node)
+    }
+
+    /// The live state of a node, its Pods and its Node, as it changes.
+    pub fn live(&self, node: &NodeName) -> LiveFeed {
+        self.published.live(node)
     }
 
     pub fn metrics(&self) -> &Metrics {
@@ -284,7 +289,7 @@ impl<C: Clients> Task<C> {
                 out: self.inbox_sender.clone(),
                 asks,
                 list_again: self.list_again.subscribe(),
-                edges: (kind == Kind::Pod).then(|| self.edge_nodes.clone()),
+                edges: (kind != Kind::Services).then(|| self.edge_nodes.clone()),
                 metrics: self.metrics.clone(),
                 state: Default::default(),
             };
@@ -401,7 +406,7 @@ impl<C: Clients> Task<C> {
     fn publish(&mut self, configs: &mut Configs<Input>) {
         let Changes {
             nodes,
-            views,
+            live,
             commands,
             malformed,
             rewound,
@@ -410,8 +415,8 @@ impl<C: Clients> Task<C> {
         commands
             .into_iter()
             .for_each(|command| configs.obey(command));
-        for node in views {
-            self.published.set_views(&node, self.index.views(&node));
+        for node in live {
+            self.published.set_live(&node, self.index.live(&node));
         }
         for node in nodes {
             if self.published.set(&node, self.index.desired(&node)) {

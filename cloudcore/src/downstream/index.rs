@@ -13,7 +13,8 @@
 //! Never: a Pod of a node that is not an edge's, a mirror Pod on the way down, an object that no
 //! Pod names.
 
-pub mod pod;
+pub mod live;
+mod pod;
 mod services;
 mod shared;
 
@@ -25,7 +26,8 @@ use common::object::Object;
 use common::trim;
 use serde_json::Value;
 
-use self::pod::{Pod, PodView};
+use self::live::{Live, NodeView};
+use self::pod::Pod;
 use self::services::{Affected, Services};
 pub use self::shared::Answer;
 use self::shared::Shared;
@@ -93,8 +95,8 @@ pub struct Malformed {
 pub struct Changes {
     /// Nodes whose desired set may differ.
     pub nodes: BTreeSet<NodeName>,
-    /// Nodes of which a Pod's live state changed.
-    pub views: BTreeSet<NodeName>,
+    /// Nodes whose live state changed.
+    pub live: BTreeSet<NodeName>,
     pub commands: Vec<Command>,
     pub malformed: Vec<Malformed>,
     /// The cluster went back in time.
@@ -134,6 +136,11 @@ pub struct Desired {
     pub objects: BTreeMap<ObjectKey, Arc<Versioned>>,
     /// Whether that is everything: nothing waits, every feed has listed once.
     pub complete: bool,
+    /// Whether every feed has listed once: what is neither in `objects` nor held back is not the
+    /// node's.
+    pub all_listed: bool,
+    /// What the node must have but does not get yet.
+    pub held_back: BTreeSet<ObjectKey>,
     /// The revisions of the last lists of its Pods and of its Node object: its own marks, where
     /// they are above those of the feeds.
     pub listed: Listed,
@@ -160,6 +167,7 @@ pub struct Index {
     edges: BTreeMap<NodeName, Edge>,
     pods: BTreeMap<Arc<str>, Pod>,
     nodes: BTreeMap<NodeName, Arc<Versioned>>,
+    live_nodes: BTreeMap<NodeName, Arc<NodeView>>,
     services: Services,
     shared: Shared,
     marks: Marks,
@@ -198,8 +206,9 @@ impl Index {
                 .unwrap_or_default();
             pods.iter().for_each(|uid| self.drop_pod(uid));
             self.edges.remove(&node);
+            self.live_nodes.remove(&node);
             self.changes.nodes.insert(node.clone());
-            self.changes.views.insert(node);
+            self.changes.live.insert(node);
         }
         let new: BTreeSet<NodeName> = names
             .iter()
@@ -303,6 +312,10 @@ impl Index {
             Origin::Watch if self.is_old_news(&name, revision) => return,
             Origin::Watch => {}
         }
+        if let Some(view) = NodeView::of(object) {
+            self.live_nodes.insert(name.clone(), Arc::new(view));
+            self.changes.live.insert(name.clone());
+        }
         let key = ObjectKey::named(Kind::Node, "", name.as_str());
         let trimmed = Object::present(key, trim::node(object));
         let next = match self.nodes.get(&name) {
@@ -318,9 +331,9 @@ impl Index {
     pub fn remove_node(&mut self, object: &Value) {
         if let Some((name, revision)) = node_identity(object)
             && !self.is_old_news(&name, revision)
-            && self.nodes.remove(&name).is_some()
+            && self.nodes.contains_key(&name)
         {
-            self.node_changed(name);
+            self.drop_node(name);
         }
     }
 
@@ -332,8 +345,7 @@ impl Index {
         };
         let gone = self.nodes.keys().filter(|n| asked(n) && !seen.contains(*n));
         for name in gone.cloned().collect::<Vec<_>>() {
-            self.nodes.remove(&name);
-            self.node_changed(name);
+            self.drop_node(name);
         }
         for (name, edge) in self.edges.iter_mut().filter(|(name, _)| asked(name)) {
             edge.node_listed = Some(revision);
@@ -436,8 +448,10 @@ impl Index {
     /// known: it is no edge's node, or not listed yet. That is no empty set, and takes nothing away.
     pub fn desired(&self, node: &NodeName) -> Option<Desired> {
         let edge = self.edges.get(node).filter(|e| e.listed.is_some())?;
+        let all_listed = self.nodes_listed && self.services.is_listed();
         let mut desired = Desired {
-            complete: self.nodes_listed && self.services.is_listed(),
+            complete: all_listed,
+            all_listed,
             listed: Listed {
                 pods: edge.listed.unwrap_or_default(),
                 node: edge.node_listed.unwrap_or_default(),
@@ -445,31 +459,30 @@ impl Index {
             ..Desired::default()
         };
         let mut namespaces = BTreeSet::new();
-        for pod in edge
-            .pods
-            .iter()
-            .filter_map(|uid| self.pods.get(uid))
-            .filter(|p| p.goes_down())
-        {
+        let pods = edge.pods.iter().filter_map(|uid| self.pods.get(uid));
+        for pod in pods.filter(|p| p.goes_down()) {
             namespaces.insert(pod.view.namespace.clone());
             desired.complete &= pod.is_current();
-            desired.add(pod.shown());
+            desired.add(pod.key(), pod.shown());
             for reference in pod.references() {
-                desired.add(self.shared.granted(reference, node));
+                desired.add(reference, self.shared.granted(reference, node));
             }
         }
-        self.services
-            .of(&namespaces)
-            .for_each(|s| desired.add(Some(s)));
-        desired.add(self.nodes.get(node));
+        let services = self.services.of(&namespaces);
+        for object in services.chain(self.nodes.get(node)) {
+            desired.add(&object.object.key, Some(object));
+        }
         Some(desired)
     }
 
-    /// The live state of the node's Pods, mirror Pods included.
-    pub fn views(&self, node: &NodeName) -> BTreeMap<Arc<str>, Arc<PodView>> {
+    /// The live state of the node, for whoever writes its statuses.
+    pub fn live(&self, node: &NodeName) -> Live {
         let uids = self.edges.get(node).into_iter().flat_map(|e| &e.pods);
         let pods = uids.filter_map(|uid| Some((uid.clone(), self.pods.get(uid)?.view.clone())));
-        pods.collect()
+        Live {
+            pods: pods.collect(),
+            node: self.live_nodes.get(node).cloned(),
+        }
     }
 
     /// Whether a Pod of `node` names `reference`.
@@ -496,7 +509,7 @@ impl Index {
         let known = self.pods.remove(&uid);
         let is_new = known.is_none();
         let (mut pod, diff) = Pod::next(known, seen, object);
-        self.changes.views.insert(node.clone());
+        self.changes.live.insert(node.clone());
         if is_new && pod.goes_down() {
             self.services.want(&pod.view.namespace, &node, revision);
         }
@@ -532,7 +545,7 @@ impl Index {
             edge.pods.remove(uid);
         }
         self.changes.nodes.insert(node.clone());
-        self.changes.views.insert(node.clone());
+        self.changes.live.insert(node.clone());
     }
 
     /// Shows what waited for this answer.
@@ -560,6 +573,13 @@ impl Index {
     fn is_old_news(&self, name: &NodeName, revision: u64) -> bool {
         let listed = self.edges.get(name).and_then(|e| e.node_listed);
         listed.is_some_and(|listed| revision <= listed)
+    }
+
+    fn drop_node(&mut self, name: NodeName) {
+        self.nodes.remove(&name);
+        self.live_nodes.remove(&name);
+        self.changes.live.insert(name.clone());
+        self.node_changed(name);
     }
 
     fn node_changed(&mut self, name: NodeName) {
@@ -595,10 +615,14 @@ impl Index {
 }
 
 impl Desired {
-    fn add(&mut self, object: Option<&Arc<Versioned>>) {
-        if let Some(object) = object {
-            self.objects
-                .insert(object.object.key.clone(), object.clone());
+    fn add(&mut self, key: &ObjectKey, object: Option<&Arc<Versioned>>) {
+        match object {
+            Some(object) => {
+                self.objects.insert(key.clone(), object.clone());
+            }
+            None => {
+                self.held_back.insert(key.clone());
+            }
         }
     }
 }

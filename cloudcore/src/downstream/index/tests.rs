@@ -100,7 +100,7 @@ impl World {
         let changes = self.index.take();
         self.commands.extend(changes.commands);
         self.changed.extend(changes.nodes);
-        self.viewed.extend(changes.views);
+        self.viewed.extend(changes.live);
         self.malformed.extend(changes.malformed);
     }
 
@@ -410,7 +410,7 @@ fn a_mirror_pod_never_goes_down_but_is_seen() {
     assert_eq!(world.set("a"), (vec![], true));
     assert_eq!(world.said(), Vec::<String>::new());
     assert_eq!(
-        world.index.views(&node("a"))["u"].mirror.as_deref(),
+        world.index.live(&node("a")).pods["u"].mirror.as_deref(),
         Some("hash")
     );
 }
@@ -456,8 +456,8 @@ fn a_status_of_the_edge_changes_its_view_and_not_its_set() {
     let key = ObjectKey::pod("ns", "p-u", "u");
     let after = world.index.desired(&node("a")).unwrap();
     assert!(Arc::ptr_eq(&before.objects[&key], &after.objects[&key]));
-    let view = &world.index.views(&node("a"))["u"];
-    assert_eq!((view.status(), &*view.resource_version), (status, "21"));
+    let view = &world.index.live(&node("a")).pods["u"];
+    assert_eq!((view.status_value(), view.resource_version), (status, 21));
 }
 
 #[test]
