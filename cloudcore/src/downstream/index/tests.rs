@@ -233,7 +233,7 @@ fn a_pod_sees_no_reference_older_than_itself() {
     // A read that reached further than the next Pod is enough for it.
     world.watch_pod(&pod("w", "a", 26, &["x"]));
     assert_eq!(world.said(), Vec::<String>::new());
-    assert_eq!(world.pods("a").1, true);
+    assert!(world.pods("a").1);
 }
 
 #[test]
@@ -446,7 +446,8 @@ fn a_status_of_the_edge_changes_its_view_and_not_its_set() {
     let mut world = World::new();
     world.watch_pod(&pod("u", "a", 20, &[]));
     let before = world.index.desired(&node("a")).unwrap();
-    (world.changed.clear(), world.viewed.clear());
+    world.changed.clear();
+    world.viewed.clear();
     let status = json!({"phase": "Running", "podIP": "10.0.0.1"});
     world.watch_pod(&with(pod("u", "a", 21, &[]), "/status", status.clone()));
     assert_eq!(
