@@ -23,8 +23,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use crate::downstream::Downstream;
-use crate::enroll::{Enroller, Enrolments, LinkSource};
-use crate::kube::epoch::Epochs;
+use crate::enroll::Enroller;
+use crate::enroll::cache::Enrolments;
+use crate::kube::KubeClients;
+use crate::kube::epoch::begin_epoch;
 use crate::nodes::claim::Claims;
 use crate::upstream::{NodeUpstream, Upstream};
 use registry::{Ending, Registry, SessionEntry};
@@ -45,10 +47,10 @@ pub struct HubDeps {
     pub enroller: Enroller,
     pub enrolments: Enrolments,
     pub epoch: watch::Sender<[u8; 16]>,
-    pub epochs: Epochs,
+    pub kube: KubeClients,
     /// What a Pod is born with; read from the cluster at start.
     pub environment: watch::Receiver<proto::NodeEnvironment>,
-    pub link: LinkSource,
+    pub link: proto::Link,
     /// After this much silence either end takes the link for dead.
     pub dead_after: Duration,
 }
@@ -63,7 +65,7 @@ impl HubDeps {
         now_ms: u64,
     ) -> proto::Welcome {
         let environment = self.environment.borrow().clone();
-        let link = self.link.current();
+        let link = self.link.clone();
         let mut continuation = vec![0; 16];
         rand::rng().fill_bytes(&mut continuation);
         let same = common::hub::environment_hash(&prost::Message::encode_to_vec(&environment))
@@ -84,7 +86,7 @@ impl HubDeps {
     /// Another cluster epoch, unless a colleague has begun one already.
     async fn begin_epoch(&self, old: [u8; 16]) -> Option<[u8; 16]> {
         warn!("the cluster is older than what an edge has seen: it was restored from a backup");
-        match self.epochs.begin(old).await {
+        match begin_epoch(&self.kube.own(), &old).await {
             Ok(new) => {
                 self.epoch.send_replace(new);
                 Some(new)
@@ -130,13 +132,13 @@ impl HubDeps {
     async fn renew(&self, certificate: &[u8], csr: &[u8]) -> proto::response::Body {
         let renewed = match common::pki::NodeIdentity::from_certificate(certificate) {
             Ok(identity) => {
-                self.enroller.renew(&identity, csr).await.map_err(|e| e.to_string())
+                self.enroller.renew(&identity, csr).await.map_err(|e| chain(&e))
             }
             Err(error) => Err(error.to_string()),
         };
         match renewed {
-            Ok(chain) => proto::response::Body::Renew(proto::RenewGiven {
-                chain: chain.iter().map(|c| c.to_vec()).collect(),
+            Ok(certificates) => proto::response::Body::Renew(proto::RenewGiven {
+                chain: certificates.iter().map(|c| c.to_vec()).collect(),
             }),
             Err(message) => {
                 proto::response::Body::Failure(proto::Failure { message, retry: true })
@@ -165,10 +167,11 @@ impl Hub {
                 biased;
                 () = shutdown.cancelled() => break,
                 accepted = self.listener.accept() => match accepted {
-                    Accepted::Session(connection) => {
+                    None => break,
+                    Some(Accepted::Session(connection)) => {
                         tasks.spawn(session(connection, self.deps.clone(), shutdown.clone()));
                     }
-                    Accepted::Join(stream) => {
+                    Some(Accepted::Join(stream)) => {
                         tasks.spawn(join(stream, self.deps.clone()));
                     }
                 },
@@ -213,21 +216,14 @@ async fn session(
     let _ = session::serve(connection, deps, shutdown).await;
 }
 
-async fn join(mut stream: JoinStream, deps: Arc<HubDeps>) {
-    let peer = stream.peer();
-    let request = match stream.request().await {
-        Ok(request) => request,
-        Err(error) => {
-            info!(%peer, error = %chain(&error), "a device did not finish joining");
-            return;
-        }
-    };
-    let answer = match deps.enroller.join(request, peer).await {
+async fn join(stream: JoinStream, deps: Arc<HubDeps>) {
+    let peer = stream.remote_address();
+    let answer = match deps.enroller.join(stream.request(), peer).await {
         Ok(joined) => proto::join_answer::Answer::Joined(joined),
         Err(refused) => proto::join_answer::Answer::Refused(refused),
     };
     let answer = proto::JoinAnswer { answer: Some(answer) };
-    if let Err(error) = stream.answer(answer).await {
+    if let Err(error) = stream.answer(&answer).await {
         info!(%peer, error = %chain(&error), "a device did not take its answer; it may ask again");
     }
 }

@@ -1,1 +1,7 @@
-fn main() {}
+//! CloudCore: runs beside the Kubernetes API and serves the edge nodes. `app` wires everything.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cloudcore::cli::main()
+}

@@ -20,8 +20,18 @@
 //! bytes; the transports carry them.
 
 pub mod delta;
+pub mod dial;
 pub mod frame;
+pub mod lanes;
+pub mod listen;
+pub mod mux;
+mod quic;
 pub mod session;
+#[cfg(test)]
+mod testing;
+pub mod tls;
+pub mod transport;
+mod ws;
 
 /// Generated from `proto/hub.proto`.
 #[path = "gen/hub.rs"]

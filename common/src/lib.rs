@@ -6,5 +6,6 @@ pub mod config;
 pub mod hub;
 pub mod ids;
 pub mod object;
+pub mod pki;
 pub mod telemetry;
 pub mod trim;

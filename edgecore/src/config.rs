@@ -37,7 +37,8 @@ pub struct Config {
     pub join: Option<String>,
     pub token: Option<String>,
     pub name: Option<String>,
-    pub cri: PathBuf,
+    /// unix:///path
+    pub cri: String,
     pub data_dir: PathBuf,
     pub transport: Preference,
     pub admin: PathBuf,
@@ -91,7 +92,7 @@ impl Config {
             join: args.join.or(file.join),
             token: args.token.or(file.token),
             name: args.name.or(file.name),
-            cri: socket(&cri)?,
+            cri: endpoint(cri)?,
             transport: choice(&transport)?,
             admin: args
                 .admin
@@ -111,12 +112,12 @@ impl Config {
     }
 }
 
-fn socket(text: &str) -> Result<PathBuf, ConfigError> {
-    let path = text.strip_prefix("unix://").unwrap_or(text);
-    if path.starts_with('/') {
-        Ok(path.into())
-    } else {
-        Err(ConfigError::Cri(text.to_owned()))
+fn endpoint(text: String) -> Result<String, ConfigError> {
+    match text.strip_prefix("unix://") {
+        Some(path) if path.starts_with('/') => Ok(text),
+        Some(_) => Err(ConfigError::Cri(text)),
+        None if text.starts_with('/') => Ok(format!("unix://{text}")),
+        None => Err(ConfigError::Cri(text)),
     }
 }
 
@@ -149,7 +150,7 @@ mod tests {
         };
         let config = Config::resolve(args).unwrap();
         assert_eq!(config.name.as_deref(), Some("from-flag"));
-        assert_eq!(config.cri, PathBuf::from("/run/x.sock"));
+        assert_eq!(config.cri, "unix:///run/x.sock");
         assert_eq!(config.transport, Preference::Quic);
         assert_eq!(config.data_dir, PathBuf::from("/var/lib/edgecore"));
     }

@@ -3,6 +3,12 @@
 //! Bytes are what the kernel was given for the disk (`write_bytes` of `/proc/self/io`), without the
 //! file system's own journal.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test fails by panicking and prints what it measured"
+)]
+
 use std::path::Path;
 use std::time::Instant;
 

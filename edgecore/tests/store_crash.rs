@@ -5,6 +5,12 @@
 //! The child is this test binary itself, told by an environment variable. It prints a line for each
 //! write *after* the write returned; the parent believes only what it has read.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test fails by panicking and prints what it measured"
+)]
+
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write as _};
 use std::path::Path;
@@ -48,7 +54,7 @@ fn batch(n: u64) -> Batch {
     Batch {
         puts: (0..TWINS).map(|i| twin(i, n)).chain([pod(n)]).collect(),
         removes: n.checked_sub(PODS).map(pod_key).into_iter().collect(),
-        complete: n % 7 == 0,
+        complete: n.is_multiple_of(7),
         epoch: Some([1; 16]),
         marks: BTreeMap::from([(Kind::Pod, n)]),
     }
@@ -91,7 +97,7 @@ fn put_meta(store: &Store, n: u64) {
 fn put_report(reports: &Reports, n: u64) {
     let report = PodReport {
         status: json!({ "n": n }),
-        gone: n % 3 == 0,
+        gone: n.is_multiple_of(3),
     };
     reports.put_pod(&pod_key(0), report);
 }
@@ -139,7 +145,7 @@ fn storm() {
                 while reports.all().is_empty() {
                     std::thread::sleep(Duration::from_micros(200));
                 }
-                if n % 3 == 0 {
+                if n.is_multiple_of(3) {
                     say(&format!("gone {n}"));
                 }
                 say(&format!("seq {}", reports.all()[0].seq));
@@ -343,7 +349,8 @@ fn a_damaged_database_comes_back_from_the_snapshot() {
         damage(&dir.path().join("database/db"), &mut rng, round);
         match judge_history(dir.path(), n, &before) {
             None => {}
-            Some(Recovery::Database { .. }) => {
+            Some(Recovery::Database { why }) => {
+                println!("round {round}: {why}");
                 rebuilt += 1;
                 assert!(dir.path().join("database.damaged").is_dir());
             }

@@ -16,6 +16,8 @@ pub struct SessionView<'a> {
     pub snapshot: &'a NodeSnapshot,
     pub epoch: [u8; 16],
     pub upstream: &'a NodeUpstream,
+    /// The incarnation that the reports held belong to.
+    pub incarnation: [u8; 16],
 }
 
 /// What `Versioned` caches: the encoding's number, then the payload.
@@ -81,6 +83,10 @@ impl CloudView for SessionView<'_> {
     }
 
     fn reports_held(&self, incarnation: &[u8; 16]) -> Digest {
-        self.upstream.held(incarnation)
+        if *incarnation == self.incarnation {
+            self.upstream.held()
+        } else {
+            Digest::default()
+        }
     }
 }

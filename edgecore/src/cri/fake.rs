@@ -62,6 +62,7 @@ struct State {
     faults: Vec<(&'static str, CriError)>,
     delays: BTreeMap<&'static str, Duration>,
     calls: Vec<String>,
+    looks: usize,
     down: bool,
     no_network: bool,
     next: u32,
@@ -169,6 +170,11 @@ impl Fake {
         self.state().calls.clear();
     }
 
+    /// How many calls of any kind were made since this was last asked.
+    pub fn count_looks(&self) -> usize {
+        std::mem::take(&mut self.state().looks)
+    }
+
     /// Containers that run, as `NAME/ATTEMPT`.
     pub fn running(&self) -> Vec<String> {
         let stamp = self.stamp();
@@ -197,6 +203,7 @@ impl Fake {
             sleep(delay).await;
         }
         let mut state = self.state();
+        state.looks += 1;
         if state.down {
             return Err(error(call, Failure::Unavailable, "the socket is missing"));
         }

@@ -269,7 +269,7 @@ impl Cgroups {
     }
 
     /// A tree at another place; the unified one has `cgroup.controllers` at its root.
-    fn at(driver: CgroupDriver, root: PathBuf) -> Self {
+    pub(crate) fn at(driver: CgroupDriver, root: PathBuf) -> Self {
         let unified = root.join("cgroup.controllers").exists();
         Self {
             driver,

@@ -816,3 +816,6 @@ fn go_duration(time: Duration) -> String {
         (m, s) => format!("{m}m{s}s"),
     }
 }
+
+#[cfg(test)]
+mod tests;

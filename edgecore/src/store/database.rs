@@ -34,6 +34,10 @@ const _: () = assert!(24 * (PIECE + MAX_KEY + 16) < SEGMENT / 4);
 /// The smallest cache that holds the hot pages of a node with tens of Pods.
 const CACHE: u64 = 2 << 20;
 
+/// sled writes and waits for the disk twice in each of its batches. This much is collected in
+/// memory, coalesced by key, before it gets one; all of it is in the snapshot already.
+const PENDING: usize = 256 << 10;
+
 const ABOUT: [u8; 1] = [0];
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -102,9 +106,18 @@ fn leaf(table: Table, key: &[u8], value: &[u8]) -> u128 {
 pub(super) type Damage = String;
 pub(super) type Record = (Vec<u8>, Vec<u8>);
 
+type Take<'a> = dyn FnMut(&[u8], &[u8]) -> Result<(), Damage> + 'a;
+
 pub(super) struct Records {
+    /// What the place holds, but for `seq`, which counts what is pending too.
     about: About,
+    /// As the place describes itself.
+    placed: About,
     place: Place,
+    /// Applied and not yet in the place, by key, so that a record that changes often reaches the
+    /// disk once. Bounded by [`PENDING`].
+    pending: BTreeMap<(Table, Vec<u8>), Option<Vec<u8>>>,
+    pending_bytes: usize,
 }
 
 enum Place {
@@ -120,7 +133,10 @@ impl Records {
     pub(super) fn in_memory() -> Self {
         Self {
             about: About::new([0; 16]),
+            placed: About::new([0; 16]),
             place: Place::Memory(BTreeMap::new()),
+            pending: BTreeMap::new(),
+            pending_bytes: 0,
         }
     }
 
@@ -142,8 +158,11 @@ impl Records {
             None => return Err("its description is missing".into()),
         };
         let records = Self {
+            placed: about.clone(),
             about,
             place: Place::Disk { db, file },
+            pending: BTreeMap::new(),
+            pending_bytes: 0,
         };
         // A newer version may describe its records in another way: its own program judges them.
         if records.about.version <= VERSION {
@@ -174,8 +193,12 @@ impl Records {
     }
 
     pub(super) fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, Damage> {
+        let id = (table, key.to_vec());
+        if let Some(value) = self.pending.get(&id) {
+            return Ok(value.clone());
+        }
         match &self.place {
-            Place::Memory(map) => Ok(map.get(&(table, key.to_vec())).cloned()),
+            Place::Memory(map) => Ok(map.get(&id).cloned()),
             Place::Disk { db, .. } => read(db, table, key),
         }
     }
@@ -187,6 +210,27 @@ impl Records {
         prefix: &[u8],
         mut take: impl FnMut(&[u8], &[u8]) -> Result<(), Damage>,
     ) -> Result<(), Damage> {
+        let pending = self.pending.range((table, prefix.to_vec())..);
+        let mut pending = pending
+            .map(|((t, key), value)| (*t, key, value))
+            .take_while(|(t, key, _)| *t == table && key.starts_with(prefix))
+            .peekable();
+        self.each_placed(table, prefix, &mut |key, value| {
+            while let Some((_, before, new)) = pending.next_if(|(_, k, _)| k.as_slice() < key) {
+                new.as_ref().map_or(Ok(()), |new| take(before, new))?;
+            }
+            match pending.next_if(|(_, k, _)| k.as_slice() == key) {
+                None => take(key, value),
+                Some((_, _, new)) => new.as_ref().map_or(Ok(()), |new| take(key, new)),
+            }
+        })?;
+        for (_, key, new) in pending {
+            new.as_ref().map_or(Ok(()), |new| take(key, new))?;
+        }
+        Ok(())
+    }
+
+    fn each_placed(&self, table: Table, prefix: &[u8], take: &mut Take<'_>) -> Result<(), Damage> {
         match &self.place {
             Place::Memory(map) => map
                 .range((table, prefix.to_vec())..)
@@ -216,20 +260,31 @@ impl Records {
         Ok(all)
     }
 
-    /// Applies one batch; all of it or nothing is there after a crash. Not durable before the next
-    /// [`Self::checkpoint`]. `seq` 0 marks records that are still being rebuilt.
+    /// Applies one batch: readable when it returns, durable behind [`Self::settle`] and
+    /// [`Self::checkpoint`]; after a crash all of it is there or nothing. `seq` 0 marks records that are being rebuilt.
     pub(super) fn apply(&mut self, seq: u64, writes: Vec<Write>) -> Result<(), Damage> {
-        let mut about = About {
-            seq,
-            ..self.about.clone()
-        };
-        // The last write to a key wins; the digest must see each key once.
-        let last: BTreeMap<(Table, Vec<u8>), Option<Vec<u8>>> = writes
-            .into_iter()
-            .map(|w| ((w.table, w.key), w.value))
-            .collect();
+        self.about.seq = seq;
+        for w in writes {
+            self.pending_bytes += w.key.len() + w.value.as_ref().map_or(0, Vec::len);
+            self.pending.insert((w.table, w.key), w.value);
+        }
+        let in_memory = matches!(self.place, Place::Memory(_));
+        match in_memory || self.pending_bytes > PENDING {
+            true => self.settle(),
+            false => Ok(()),
+        }
+    }
+
+    /// Puts what is pending into the place, in one batch.
+    pub(super) fn settle(&mut self) -> Result<(), Damage> {
+        if self.pending.is_empty() && self.about == self.placed {
+            return Ok(());
+        }
+        let pending = std::mem::take(&mut self.pending);
+        self.pending_bytes = 0;
+        let mut about = self.about.clone();
         let mut batch = sled::Batch::default();
-        for ((table, key), value) in &last {
+        for ((table, key), value) in &pending {
             let old = self.get(*table, key)?;
             if let Some(old) = &old {
                 about.remove(leaf(*table, key, old));
@@ -247,7 +302,7 @@ impl Records {
                 db.apply_batch(batch).map_err(|e| e.to_string())?;
             }
             Place::Memory(map) => {
-                for (id, value) in last {
+                for (id, value) in pending {
                     match value {
                         Some(value) => drop(map.insert(id, value)),
                         None => drop(map.remove(&id)),
@@ -255,6 +310,7 @@ impl Records {
                 }
             }
         }
+        self.placed = about.clone();
         self.about = about;
         Ok(())
     }
@@ -273,7 +329,7 @@ impl Records {
         self.about.count == 0
     }
 
-    /// When this returns, all that was applied survives a power cut.
+    /// When this returns, all that was settled survives a power cut.
     pub(super) fn checkpoint(&self) -> Result<(), Damage> {
         match &self.place {
             Place::Memory(_) => Ok(()),
@@ -445,6 +501,7 @@ mod tests {
                 })
                 .collect();
             records.apply(n + 1, writes).unwrap();
+            records.settle().unwrap();
         }
         records.checkpoint().unwrap();
         let blobs = std::fs::read_dir(path_in(dir.path()).join("blobs"));
@@ -476,6 +533,8 @@ mod tests {
                     [(b"a".to_vec(), value.clone()), (b"ab".to_vec(), vec![1])]
                 );
                 assert_eq!(r.scan(Table::Meta, b"ab").unwrap().len(), 1);
+                r.settle().unwrap();
+                assert_eq!(r.scan(Table::Meta, b"a").unwrap(), scan);
                 r.check().unwrap();
             }
             assert_eq!(disk.about, memory.about);
@@ -483,6 +542,30 @@ mod tests {
         disk.apply(9, vec![Write::remove(Table::Meta, *b"a")])
             .unwrap();
         assert_eq!(disk.get(Table::Meta, b"a").unwrap(), None);
+        assert_eq!(disk.scan(Table::Meta, b"").unwrap().len(), 1);
+        disk.settle().unwrap();
+        disk.check().unwrap();
+    }
+
+    #[test]
+    fn what_is_pending_and_what_is_placed_read_as_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut disk = Records::open(dir.path()).unwrap();
+        let old = ["b", "d", "f", "g"].map(|k| put(k, vec![1]));
+        disk.apply(1, old.to_vec()).unwrap();
+        disk.settle().unwrap();
+        let mut new = ["a", "d", "e", "h"].map(|k| put(k, vec![2])).to_vec();
+        new.push(Write::remove(Table::Meta, *b"f"));
+        disk.apply(2, new).unwrap();
+        let read = |disk: &Records| {
+            let found = disk.scan(Table::Meta, b"").unwrap().into_iter();
+            found
+                .map(|(k, v)| format!("{}{}", k[0] as char, v[0]))
+                .collect::<String>()
+        };
+        assert_eq!(read(&disk), "a2b1d2e2g1h2");
+        disk.settle().unwrap();
+        assert_eq!(read(&disk), "a2b1d2e2g1h2");
         disk.check().unwrap();
     }
 
@@ -492,6 +575,7 @@ mod tests {
         let mut disk = Records::open(dir.path()).unwrap();
         disk.apply(1, vec![put("a", vec![1; 5000]), put("a", vec![2])])
             .unwrap();
+        disk.settle().unwrap();
         assert_eq!(disk.get(Table::Meta, b"a").unwrap(), Some(vec![2]));
         disk.check().unwrap();
     }
@@ -502,6 +586,7 @@ mod tests {
         let mut disk = Records::open(dir.path()).unwrap();
         disk.apply(1, vec![put("a", vec![1; 5000]), put("b", vec![2])])
             .unwrap();
+        disk.settle().unwrap();
         let Place::Disk { db, .. } = &disk.place else {
             panic!()
         };

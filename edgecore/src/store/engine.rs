@@ -218,6 +218,7 @@ impl Engine {
         }
         staged.then.extend(then);
         staged.due = Some(Instant::now() + RETRY);
+        self.wake.notify_one();
     }
 
     /// Forgets what is staged under a prefix, and waits until what is being committed is readable.
@@ -336,10 +337,19 @@ impl Engine {
 
     /// The old file goes only when the records are durable: they alone hold what it drops.
     fn compact(&self, log: &mut Log) -> Result<(), StoreError> {
+        self.settle_and_sync()?;
         let records = self.records.read().unwrap_or_else(PoisonError::into_inner);
-        records.checkpoint().map_err(|e| self.damage(e))?;
         log.snapshot = Some(write_snapshot(&self.dir, &records)?);
         Ok(())
+    }
+
+    /// The caller holds the log. Readers wait for the first half only, which needs no disk.
+    fn settle_and_sync(&self) -> Result<(), StoreError> {
+        let mut records = self.records.write().unwrap_or_else(PoisonError::into_inner);
+        records.settle().map_err(|e| self.damage(e))?;
+        drop(records);
+        let records = self.records.read().unwrap_or_else(PoisonError::into_inner);
+        records.checkpoint().map_err(|e| self.damage(e))
     }
 
     fn plan_checkpoint(&self) {
@@ -352,8 +362,7 @@ impl Engine {
 
     pub(super) fn checkpoint(&self) -> Result<(), StoreError> {
         let _log = lock(&self.log);
-        let records = self.records.read().unwrap_or_else(PoisonError::into_inner);
-        records.checkpoint().map_err(|e| self.damage(e))
+        self.settle_and_sync()
     }
 
     /// Makes all durable in both copies and says so on disk. Commits may follow; they take it back.
@@ -470,6 +479,7 @@ mod tests {
     fn engine(dir: &Path) -> Arc<Engine> {
         let mut records = Records::open(dir).unwrap();
         records.apply(1, Vec::new()).unwrap();
+        records.settle().unwrap();
         let snapshot = write_snapshot(dir, &records).unwrap();
         Arc::new(Engine::new(dir, records, Some(snapshot), false))
     }

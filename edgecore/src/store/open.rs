@@ -30,7 +30,7 @@ pub(super) fn copies(dir: &Path) -> Result<Copies, StoreError> {
     let (mut records, mut log, recovered) = open_both(dir, found)?;
     let steps = schema::path_from(records.about().version)?;
     if migrate(&mut records, steps).map_err(|why| damaged(dir, why))? {
-        log = settle(dir, &records)?;
+        log = settle(dir, &mut records)?;
     }
     protect(dir).map_err(|e| StoreError::io("set the permissions of", dir, e))?;
     remove_if_there(&dir.join("opening"))?;
@@ -46,7 +46,7 @@ fn open_both(dir: &Path, found: Option<Found>) -> Result<Copies, StoreError> {
     let fresh_snapshot = |mut records: Records, recovered| {
         let seq = records.about().seq + 1;
         begin_incarnation(&mut records, seq, Vec::new()).map_err(|why| damaged(dir, why))?;
-        let log = settle(dir, &records)?;
+        let log = settle(dir, &mut records)?;
         Ok((records, log, recovered))
     };
     let why = match (plan(state, found), database) {
@@ -116,10 +116,6 @@ fn read_snapshot(
 }
 
 /// The batches that only the snapshot has. The inner error is a reason to rebuild.
-#[expect(
-    clippy::type_complexity,
-    reason = "two outcomes of one step, named nowhere else"
-)]
 fn replay(
     dir: &Path,
     mut records: Records,
@@ -161,7 +157,7 @@ fn rebuild(dir: &Path, found: Option<Found>, why: Damage) -> Result<Copies, Stor
         begin_incarnation(records, last + 1, repair)
     };
     finish(&mut records).map_err(|why| damaged(dir, why))?;
-    let log = settle(dir, &records)?;
+    let log = settle(dir, &mut records)?;
     let recovery = match whole {
         true => Recovery::Database { why },
         false => Recovery::Both { why },
@@ -175,8 +171,9 @@ fn begin_incarnation(records: &mut Records, seq: u64, writes: Vec<Write>) -> Res
 }
 
 /// Makes the records durable, then the snapshot of them.
-fn settle(dir: &Path, records: &Records) -> Result<Snapshot, StoreError> {
-    records.checkpoint().map_err(|why| damaged(dir, why))?;
+fn settle(dir: &Path, records: &mut Records) -> Result<Snapshot, StoreError> {
+    let settled = records.settle().and_then(|()| records.checkpoint());
+    settled.map_err(|why| damaged(dir, why))?;
     let sync = |path: &Path| File::open(path).and_then(|f| f.sync_all());
     let path = database::path_in(dir);
     // The names of new files are durable only with their directories.
@@ -201,6 +198,7 @@ fn migrate(records: &mut Records, steps: &[Migration]) -> Result<bool, Damage> {
         let (version, seq) = (about.version + 1, about.seq + 1);
         records.set_version(version);
         records.apply(seq, writes)?;
+        records.settle()?;
     }
     Ok(!steps.is_empty())
 }
@@ -272,6 +270,7 @@ mod tests {
             let seq = records.about().seq + 1;
             records.set_version(VERSION + 1);
             records.apply(seq, Vec::new()).unwrap();
+            records.settle().unwrap();
             records.checkpoint().unwrap();
             if newer_snapshot {
                 write_snapshot(dir.path(), &records).unwrap();

@@ -241,7 +241,7 @@ impl Snapshot {
         out.flush()?;
         drop(out);
         let grown = base_end.next_multiple_of(GROW);
-        file.write_all_at(&vec![0; (grown - base_end) as usize], base_end)?;
+        fill(&file, base_end, grown)?;
         file.write_all_at(&header(head, base_end), 0)?;
         file.sync_all()?;
         let path = path_in(dir);
@@ -279,10 +279,7 @@ impl Snapshot {
         // Room for one more frame head, so that a reader finds a zero length there.
         if end + FRAME > self.grown {
             let grown = (end + FRAME).next_multiple_of(GROW);
-            let zeroes = vec![0; (grown - self.grown) as usize];
-            self.file
-                .write_all_at(&zeroes, self.grown)
-                .map_err(AppendError::Refused)?;
+            fill(&self.file, self.grown, grown).map_err(AppendError::Refused)?;
             self.grown = grown;
         }
         self.file
@@ -313,6 +310,18 @@ pub(super) enum AppendError {
     Refused(io::Error),
     /// What is on disk is unknown: after a failed sync the kernel may have dropped the pages.
     Fatal(io::Error),
+}
+
+/// Zeroes, a block at a time: a file system keeps what one call wrote as one piece in its cache and
+/// would count all of the piece as written again at each small change in it.
+fn fill(file: &File, mut at: u64, end: u64) -> io::Result<()> {
+    let block = [0; 4096];
+    while at < end {
+        let next = (at + 1).next_multiple_of(4096).min(end);
+        file.write_all_at(&block[..(next - at) as usize], at)?;
+        at = next;
+    }
+    Ok(())
 }
 
 fn rest_is_zero(file: &File, mut at: u64, size: u64) -> io::Result<bool> {

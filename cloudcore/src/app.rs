@@ -1,0 +1,283 @@
+//! Builds all components of CloudCore, spawns all tasks, fixes the stop order: read this first.
+//!
+//! ```text
+//! API server ──watch──► downstream ──desired──► hub (listener, sessions) ◄──dial── edges
+//!     ▲                     │ live state            │ reports, events, requests
+//!     └──── upstream ◄──────┴───────────────────────┘
+//!     └──── enroll (tokens, CA, records) · nodes (Node objects, Leases, tolerations)
+//! ```
+//!
+//! It keeps nothing that Kubernetes and the edges cannot give back: any replica serves any node.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use common::hub::listen::{self, Limits, ListenConfig};
+use common::hub::proto;
+use common::hub::tls::ServerTls;
+use common::hub::transport::LinkConfig;
+use common::pki::Validity;
+use k8s_openapi::api::core::v1::Service;
+use kube::Api;
+use rustls::pki_types::UnixTime;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use crate::admin::{self, Admin};
+use crate::config::{Config, HostPort};
+use crate::downstream;
+use crate::enroll::authority::Authority;
+use crate::enroll::cache::Enrolments;
+use crate::enroll::link::ensure_link;
+use crate::enroll::{EnrollConfig, Enroller};
+use crate::hub::registry::Registry;
+use crate::hub::{Hub, HubDeps};
+use crate::kube::epoch::read_epoch;
+use crate::kube::{Access, KubeClients, KubeError};
+use crate::nodes::claim::Claims;
+use crate::nodes::keeper;
+use crate::nodes::tolerations::Tolerations;
+use crate::upstream::{self, KubeWriter, WallClock};
+use crate::views::{self, LiveState};
+
+/// A server certificate outlives every process: it is made at each start.
+const SERVER_CERTIFICATE: Duration = Duration::from_secs(5 * 365 * 86_400);
+
+/// Malformed objects that wait for their Event; more at once are counted only.
+const MALFORMED: usize = 64;
+
+/// Serves until the process is told to stop.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    let stop = CancellationToken::new();
+    stop_on_signals(stop.clone()).context("listening for signals")?;
+    let access = Access::find(config.kubeconfig.as_deref()).await?;
+    let (kube, kube_task) = KubeClients::build(&access, config.impersonation).await?;
+    let authority = Arc::new(Authority::ensure(&kube.own()).await?);
+    let link = ensure_link(&kube.own(), &authority, &config.advertise).await?;
+    let cluster = authority.cluster.clone();
+    let epoch = watch::Sender::new(read_epoch(&kube.own()).await?);
+    let environment = watch::Sender::new(environment(&kube, &config).await?);
+
+    let (enrolments, enrolments_task) =
+        Enrolments::build(kube.own(), kube.own_watch(), cluster.clone());
+    let (claims, claims_task) = Claims::build(kube.own(), replica());
+    let (edge_nodes, keeper_task) = keeper::build(
+        kube.own(),
+        kube.own_watch(),
+        enrolments.clone(),
+        cluster.clone(),
+        claims.clone(),
+    );
+    let (tolerations, tolerations_task) = Tolerations::build(kube.own());
+    let (malformed, malformed_seen) = mpsc::channel(MALFORMED);
+    let (downstream, downstream_task) = downstream::build(
+        downstream::Config::default(),
+        views::Clients(kube.clone()),
+        enrolments.names(),
+        malformed,
+    );
+    let (upstream, upstream_task) = upstream::build(
+        &upstream::Config::default(),
+        upstream::Deps {
+            writer: Arc::new(KubeWriter::new(views::writer_clients(&kube))),
+            pods: Arc::new(LiveState(downstream.clone())),
+            nodes: Arc::new(LiveState(downstream.clone())),
+            endpoints: None,
+            clock: WallClock::default(),
+        },
+    );
+
+    let tls = server_tls(&authority)?;
+    let listening = ListenConfig {
+        address: config.listen,
+        link: LinkConfig { dead_after: config.dead_after, ..LinkConfig::default() },
+        limits: Limits::default(),
+    };
+    let (listener, listen_task) = listen::bind(listening, tls).await?;
+    let registry = Registry::default();
+    let deps = Arc::new(HubDeps {
+        registry: registry.clone(),
+        downstream: downstream.clone(),
+        upstream: upstream.clone(),
+        claims,
+        enroller: Enroller::build(
+            kube.own(),
+            authority,
+            link.clone(),
+            EnrollConfig {
+                certificate_lifetime: config.certificate_lifetime,
+                grace: config.reenrol_grace,
+                taint_nodes: config.taint_nodes,
+            },
+        ),
+        enrolments: enrolments.clone(),
+        epoch,
+        kube: kube.clone(),
+        environment: environment.subscribe(),
+        link,
+        dead_after: config.dead_after,
+    });
+    let ready = watch::Sender::new(false);
+    let shown = admin::Shown {
+        registry,
+        upstream: upstream.clone(),
+        downstream: downstream.clone(),
+        ready: ready.subscribe(),
+    };
+    let admin = Admin::bind(config.admin, shown).await?;
+    let address = listener.address();
+    let advertise: Vec<_> = config.advertise.iter().map(HostPort::to_string).collect();
+    info!(
+        %cluster,
+        mode = ?*kube.mode().borrow(),
+        listen = %address,
+        advertise = advertise.join(","),
+        admin = %config.admin,
+        "cloudcore runs"
+    );
+
+    // Sessions end before what they write through; the watches end last.
+    let (hub_stop, rest_stop) = (stop.clone(), CancellationToken::new());
+    let mut tasks = Tasks::default();
+    tasks.spawn("the API server's client", kube_task.run(rest_stop.clone()));
+    tasks.spawn("the enrolments", enrolments_task.run(rest_stop.clone()));
+    tasks.spawn("the Leases", claims_task.run(rest_stop.clone()));
+    tasks.spawn("the Nodes", keeper_task.run(rest_stop.clone()));
+    tasks.spawn("the tolerations", tolerations_task.run(rest_stop.clone()));
+    let down = downstream_task.run(rest_stop.clone());
+    tasks.spawn("the downstream watches", async move {
+        if let Err(error) = down.await {
+            error!(error = %common::telemetry::chain(&error), "the downstream side ended");
+        }
+    });
+    tasks.spawn("the upstream writer", upstream_task.run(rest_stop.clone()));
+    tasks.spawn("the listener", listen_task.run(hub_stop.clone()));
+    tasks.spawn("the hub", Hub::build(listener, deps).run(hub_stop.clone()));
+    tasks.spawn("the admin endpoint", admin.run(rest_stop.clone()));
+    let seen = views::Watchers {
+        downstream,
+        upstream,
+        names: enrolments.names(),
+        edge_nodes,
+        tolerations,
+        ready,
+        kube,
+        malformed: malformed_seen,
+    };
+    tasks.spawn("the views", seen.run(rest_stop.clone()));
+    tasks.supervise(stop, rest_stop).await
+}
+
+/// What a Pod is born with: read once, the ranges and DNS of a cluster do not move.
+async fn environment(
+    kube: &KubeClients,
+    config: &Config,
+) -> anyhow::Result<proto::NodeEnvironment> {
+    let cluster_ip = async |namespace: &str, name: &str| -> Result<Option<Service>, KubeError> {
+        let services: Api<Service> = Api::namespaced(kube.own(), namespace);
+        let found = services.get_opt(name).await;
+        found.map_err(KubeError::api(format!("reading Service {namespace}/{name}")))
+    };
+    let api = cluster_ip("default", "kubernetes").await?.and_then(|s| s.spec);
+    let api = api.context("Service default/kubernetes is missing: is this a whole cluster?")?;
+    let dns = match config.cluster_dns {
+        Some(ip) => Some(ip.to_string()),
+        None => cluster_ip("kube-system", "kube-dns").await?.and_then(|s| s.spec?.cluster_ip),
+    };
+    if dns.is_none() {
+        warn!("the cluster has no Service kube-system/kube-dns: Pods get their device's resolvers");
+    }
+    let port = api.ports.as_ref().and_then(|p| p.first()).map_or(443, |p| p.port);
+    Ok(proto::NodeEnvironment {
+        cluster_dns: dns.unwrap_or_default(),
+        cluster_domain: config.cluster_domain.clone(),
+        api_host: api.cluster_ip.unwrap_or_default(),
+        api_port: u32::try_from(port).unwrap_or(443),
+        provider_id: String::new(),
+        cluster_ranges: config.cluster_ranges.clone(),
+    })
+}
+
+fn server_tls(authority: &Authority) -> anyhow::Result<ServerTls> {
+    let now = UnixTime::now();
+    let validity = Validity {
+        not_before: now,
+        not_after: UnixTime::since_unix_epoch(
+            Duration::from_secs(now.as_secs()) + SERVER_CERTIFICATE,
+        ),
+    };
+    let credentials = authority.ca.issue_server(&authority.cluster, validity)?;
+    Ok(ServerTls::new(&credentials, &[authority.ca.certificate().clone()])?)
+}
+
+/// This CloudCore's name among its peers: the Pod's in a cluster, else the machine's and process's.
+fn replica() -> String {
+    let host = std::env::var("HOSTNAME").unwrap_or_else(|_| "cloudcore".into());
+    format!("{host}-{}", std::process::id())
+}
+
+fn stop_on_signals(stop: CancellationToken) -> std::io::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        stop.cancel();
+    });
+    Ok(())
+}
+
+#[derive(Default)]
+struct Tasks(JoinSet<&'static str>);
+
+/// The last sessions' writes get this long after the hub has ended.
+const LAST_WRITES: Duration = Duration::from_secs(2);
+
+impl Tasks {
+    fn spawn(&mut self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        self.0.spawn(async move {
+            task.await;
+            name
+        });
+    }
+
+    /// Waits for the end. A part that ends by itself, or panics, ends the process: whoever
+    /// supervises it starts it again, and the edges never noticed.
+    async fn supervise(
+        mut self,
+        stop: CancellationToken,
+        rest: CancellationToken,
+    ) -> anyhow::Result<()> {
+        let mut fault = None;
+        while let Some(ended) = self.0.join_next().await {
+            let name = match ended {
+                Ok(name) => name,
+                Err(panic) => {
+                    error!(%panic, "a part of cloudcore panicked");
+                    "a part that panicked"
+                }
+            };
+            if !stop.is_cancelled() {
+                fault = Some(name);
+                stop.cancel();
+            }
+            if name == "the hub" || fault.is_some() {
+                let rest = rest.clone();
+                tokio::spawn(async move {
+                    tokio::time::sleep(LAST_WRITES).await;
+                    rest.cancel();
+                });
+            }
+        }
+        match fault {
+            Some(name) => anyhow::bail!("{name} ended; cloudcore stops"),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! QUIC by quinn, tuned for thousands of idle devices that must not freeze one another.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use quinn::{EndpointConfig, IdleTimeout, MtuDiscoveryConfig, VarInt};
+use rustls_pki_types::CertificateDer;
+
+use super::mux::Side;
+use super::tls::ClientTls;
+use super::transport::{Class, Connection, Link, LinkConfig, Tally, TransportError};
+
+/// Bytes that peers who have not proved their address may make us keep: one first packet each.
+const INCOMING_BUFFER: u64 = 8 * 1024;
+const INCOMING_BUFFERS: u64 = 1024 * 1024;
+const MAX_INCOMING: usize = 512;
+
+/// How an endpoint names its connections. The place where connection ids that name a replica, and
+/// reset keys shared between replicas, come in; both are quinn's own until there are several.
+pub(super) fn endpoint_config() -> EndpointConfig {
+    EndpointConfig::default()
+}
+
+fn transport(config: &LinkConfig, side: Side) -> Arc<quinn::TransportConfig> {
+    let streams = u32::from(config.max_streams);
+    let both = u64::from(streams) * 2;
+    // With less, stalled streams use up the connection's window and freeze the rest.
+    let window = both * u64::from(config.stream_window);
+    let window_varint = VarInt::from_u64(window).unwrap_or(VarInt::MAX);
+    let idle = IdleTimeout::try_from(config.dead_after).unwrap_or(VarInt::from_u32(45_000).into());
+    let mut t = quinn::TransportConfig::default();
+    t.max_concurrent_bidi_streams(streams.into())
+        .max_concurrent_uni_streams(match side {
+            // The listener's one word that the handshake is complete.
+            Side::Dialler => 1u32.into(),
+            Side::Listener => 0u32.into(),
+        })
+        .stream_receive_window(config.stream_window.into())
+        .receive_window(window_varint)
+        // As large as the receive window, so that bulk under way never keeps control from being
+        // queued; each stream is bounded by its own window.
+        .send_window(window)
+        .max_idle_timeout(Some(idle))
+        .keep_alive_interval(match side {
+            Side::Dialler => Some(config.keep_alive),
+            Side::Listener => None,
+        })
+        .mtu_discovery_config(config.mtu_discovery.then(MtuDiscoveryConfig::default))
+        .datagram_receive_buffer_size(None)
+        .datagram_send_buffer_size(0)
+        .allow_spin(false);
+    Arc::new(t)
+}
+
+/// For a listener. Address changes of a device are followed.
+pub(super) fn server_config(
+    tls: Arc<rustls::ServerConfig>,
+    config: &LinkConfig,
+) -> Result<quinn::ServerConfig, TransportError> {
+    let crypto = QuicServerConfig::try_from(tls).map_err(TransportError::unusable)?;
+    let mut server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+    server
+        .transport_config(transport(config, Side::Listener))
+        .migration(true)
+        .max_incoming(MAX_INCOMING)
+        .incoming_buffer_size(INCOMING_BUFFER)
+        .incoming_buffer_size_total(INCOMING_BUFFERS);
+    Ok(server)
+}
+
+/// Dials one address and waits until the server has taken our certificate.
+///
+/// In TLS 1.3 the client's handshake is complete before the server has judged its certificate, so
+/// the listener says with an empty stream that it did.
+pub(super) async fn dial(
+    address: SocketAddr,
+    tls: &ClientTls,
+    config: &LinkConfig,
+) -> Result<Connection, TransportError> {
+    let any: SocketAddr = match address {
+        SocketAddr::V4(_) => ([0, 0, 0, 0], 0).into(),
+        SocketAddr::V6(_) => ([0u16; 8], 0).into(),
+    };
+    let socket = std::net::UdpSocket::bind(any).map_err(TransportError::unusable)?;
+    let runtime = Arc::new(quinn::TokioRuntime);
+    let endpoint = quinn::Endpoint::new(endpoint_config(), None, socket, runtime)
+        .map_err(TransportError::unusable)?;
+    let crypto =
+        QuicClientConfig::try_from(tls.config.clone()).map_err(TransportError::unusable)?;
+    let mut client = quinn::ClientConfig::new(Arc::new(crypto));
+    client.transport_config(transport(config, Side::Dialler));
+    let name = tls.name.to_str();
+    let connecting = endpoint
+        .connect_with(client, address, &name)
+        .map_err(TransportError::unusable)?;
+    let untrusted = |e: quinn::ConnectionError| match tls.verdict() {
+        Some(verdict) => TransportError::Trust(verdict),
+        None => e.into(),
+    };
+    let connection = connecting.await.map_err(untrusted)?;
+    connection.accept_uni().await.map_err(untrusted)?;
+    Ok(wrap(connection))
+}
+
+/// Completes a handshake that a listener let in.
+pub(super) async fn accept(connecting: quinn::Connecting) -> Result<Connection, TransportError> {
+    let connection = connecting.await?;
+    let mut word = connection.open_uni().await?;
+    // Fails only for a stream that has ended already.
+    drop(word.finish());
+    Ok(wrap(connection))
+}
+
+fn wrap(connection: quinn::Connection) -> Connection {
+    let peer = connection
+        .peer_identity()
+        .and_then(|any| any.downcast::<Vec<CertificateDer<'static>>>().ok())
+        .map(|chain| *chain)
+        .unwrap_or_default();
+    let link = Link::Quic(QuicLink { connection });
+    Connection::new(link, peer, Arc::new(Tally::default()))
+}
+
+/// quinn sends higher numbers first and treats equal ones alike.
+pub(super) fn prioritise(send: &quinn::SendStream, class: Class) {
+    let priority = match class {
+        Class::Control => 3,
+        Class::Status => 2,
+        Class::Interactive => 1,
+        Class::Bulk => 0,
+    };
+    // Fails only for a stream that has ended already.
+    drop(send.set_priority(priority));
+}
+
+#[derive(Clone)]
+pub(super) struct QuicLink {
+    connection: quinn::Connection,
+}
+
+impl QuicLink {
+    pub(super) async fn open(
+        &self,
+        class: Class,
+    ) -> Result<(quinn::SendStream, quinn::RecvStream), TransportError> {
+        let (send, recv) = self.connection.open_bi().await?;
+        prioritise(&send, class);
+        Ok((send, recv))
+    }
+
+    pub(super) async fn accept(
+        &self,
+    ) -> Result<(quinn::SendStream, quinn::RecvStream), TransportError> {
+        Ok(self.connection.accept_bi().await?)
+    }
+
+    pub(super) fn close(&self, code: u32, reason: &str) {
+        let bytes = Bytes::copy_from_slice(reason.as_bytes());
+        self.connection
+            .close(code.into(), &bytes[..bytes.len().min(256)]);
+    }
+
+    pub(super) async fn closed(&self) -> TransportError {
+        self.connection.closed().await.into()
+    }
+
+    pub(super) fn remote_address(&self) -> SocketAddr {
+        self.connection.remote_address()
+    }
+}

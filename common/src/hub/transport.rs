@@ -1,0 +1,520 @@
+//! The seam between the session and what carries it: authenticated connections with streams.
+//!
+//! Owns the common shape of QUIC and WebSocket connections: classes, stream heads, length-prefixed
+//! messages, counters and errors. Nothing above knows which of the two it runs on. An enum and not
+//! a trait object, because there are two and both are ours.
+//!
+//! ```text
+//! session ── Connection ──┬── quic  (quinn; its streams, its flow control)
+//!                         └── ws    (TLS, WebSocket, and our mux)
+//! stream  = u16 length, StreamHead, then bytes; over QUIC one byte of class in front
+//! message = u32 length, bytes
+//! ```
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use futures::future::BoxFuture;
+use futures::stream::{FuturesUnordered, StreamExt};
+use prost::Message;
+use rustls_pki_types::CertificateDer;
+use tokio::sync::Mutex;
+
+use super::proto::StreamHead;
+use super::{quic, ws};
+
+mod counters;
+mod error;
+
+pub(super) use counters::Tally;
+pub use counters::{Counters, Direction, Volume};
+pub use error::{Refusal, TransportError};
+
+/// Strict priority: nothing of a lower class is sent while a higher one has something to send.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Class {
+    Control,
+    Status,
+    Interactive,
+    Bulk,
+}
+
+impl Class {
+    pub const COUNT: usize = 4;
+    pub const ALL: [Class; Class::COUNT] = [
+        Class::Control,
+        Class::Status,
+        Class::Interactive,
+        Class::Bulk,
+    ];
+
+    /// The number on the wire.
+    pub fn number(self) -> u8 {
+        match self {
+            Class::Control => 0,
+            Class::Status => 1,
+            Class::Interactive => 2,
+            Class::Bulk => 3,
+        }
+    }
+
+    /// A class that this version does not know is served last.
+    pub fn from_number(n: u32) -> Self {
+        match n {
+            0 => Class::Control,
+            1 => Class::Status,
+            2 => Class::Interactive,
+            _bulk_or_newer => Class::Bulk,
+        }
+    }
+
+    pub fn index(self) -> usize {
+        usize::from(self.number())
+    }
+}
+
+/// What carries a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum TransportKind {
+    Quic,
+    WebSocket,
+}
+
+impl std::fmt::Display for TransportKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            TransportKind::Quic => "quic",
+            TransportKind::WebSocket => "websocket",
+        })
+    }
+}
+
+/// How a connection behaves; the same at both ends unless said otherwise.
+#[derive(Debug, Clone)]
+pub struct LinkConfig {
+    /// QUIC, dialling side only: NAT bindings for UDP last about half a minute.
+    pub keep_alive: Duration,
+    /// WebSocket, dialling side only: two pings fit into `dead_after`.
+    pub ping_every: Duration,
+    /// A link on which nothing arrives for this long is dead.
+    pub dead_after: Duration,
+    /// Streams that each side may have open: 64 tunnels and the session's own.
+    pub max_streams: u16,
+    /// QUIC only: what a stream may carry beyond its reader. The connection's window is this times
+    /// all streams of both sides, so that stalled streams never stop the others.
+    pub stream_window: u32,
+    /// QUIC only: probes cost an idle link bytes.
+    pub mtu_discovery: bool,
+}
+
+impl Default for LinkConfig {
+    fn default() -> Self {
+        Self {
+            keep_alive: Duration::from_secs(25),
+            ping_every: Duration::from_secs(20),
+            dead_after: Duration::from_secs(45),
+            max_streams: 72,
+            stream_window: 64 * 1024,
+            mtu_discovery: false,
+        }
+    }
+}
+
+/// A stream's head is small; a command line of `exec` is the longest thing in it.
+const HEAD_LIMIT: usize = 16 * 1024;
+/// The head follows the opening at once; a peer that leaves it out loses the stream.
+const HEAD_DEADLINE: Duration = Duration::from_secs(10);
+/// The code of a stream whose head was missing or unreadable.
+pub const CODE_BAD_HEAD: u32 = 2;
+
+/// An authenticated connection. Dropping the last handle and the last stream closes it.
+#[derive(Clone)]
+pub struct Connection {
+    link: Link,
+    shared: Arc<Shared>,
+}
+
+#[derive(Clone)]
+pub(super) enum Link {
+    Quic(quic::QuicLink),
+    WebSocket(ws::WsLink),
+}
+
+struct Shared {
+    peer: Vec<CertificateDer<'static>>,
+    tally: Arc<Tally>,
+    /// Streams whose head is on its way. Bounded by the streams that the peer may open.
+    heads: Mutex<FuturesUnordered<BoxFuture<'static, Option<Incoming>>>>,
+}
+
+/// A stream that the peer opened.
+pub struct Incoming {
+    pub head: StreamHead,
+    pub class: Class,
+    pub send: SendStream,
+    pub recv: RecvStream,
+}
+
+impl Connection {
+    pub(super) fn new(link: Link, peer: Vec<CertificateDer<'static>>, tally: Arc<Tally>) -> Self {
+        let shared = Shared {
+            peer,
+            tally,
+            heads: Mutex::new(FuturesUnordered::new()),
+        };
+        Self {
+            link,
+            shared: Arc::new(shared),
+        }
+    }
+
+    /// Opens a stream and says what it is for. Waits while as many as allowed are open.
+    pub async fn open(
+        &self,
+        class: Class,
+        head: &StreamHead,
+    ) -> Result<(SendStream, RecvStream), TransportError> {
+        let encoded = head.encode_to_vec();
+        let size = encoded.len();
+        let length = u16::try_from(size).ok().filter(|_| size <= HEAD_LIMIT);
+        let length = length.ok_or(TransportError::TooLarge {
+            size,
+            limit: HEAD_LIMIT,
+        })?;
+        let mut first = BytesMut::with_capacity(3 + size);
+        let (raw_send, raw_recv) = match &self.link {
+            Link::Quic(link) => {
+                first.put_u8(class.number());
+                let (send, recv) = link.open(class).await?;
+                (RawSend::Quic(send), RawRecv::Quic(recv))
+            }
+            Link::WebSocket(link) => {
+                let (send, recv) = link.open(class).await?;
+                (RawSend::WebSocket(send), RawRecv::WebSocket(recv))
+            }
+        };
+        first.put_u16(length);
+        first.put_slice(&encoded);
+        let (mut send, recv) = self.streams(class, raw_send, raw_recv);
+        send.write_all(first.freeze()).await?;
+        Ok((send, recv))
+    }
+
+    /// The next stream that the peer opened. Cancel-safe. A stream whose head is late holds up no
+    /// other.
+    pub async fn accept(&self) -> Result<Incoming, TransportError> {
+        let mut heads = self.shared.heads.lock().await;
+        loop {
+            tokio::select! {
+                biased;
+                Some(done) = heads.next() => if let Some(incoming) = done {
+                    return Ok(incoming);
+                },
+                raw = self.accept_raw() => heads.push(raw?),
+            }
+        }
+    }
+
+    async fn accept_raw(&self) -> Result<BoxFuture<'static, Option<Incoming>>, TransportError> {
+        let (class, raw_send, raw_recv) = match &self.link {
+            Link::Quic(link) => {
+                let (send, recv) = link.accept().await?;
+                (None, RawSend::Quic(send), RawRecv::Quic(recv))
+            }
+            Link::WebSocket(link) => {
+                let (class, send, recv) = link.accept().await?;
+                (
+                    Some(class),
+                    RawSend::WebSocket(send),
+                    RawRecv::WebSocket(recv),
+                )
+            }
+        };
+        let (send, recv) = self.streams(class.unwrap_or(Class::Bulk), raw_send, raw_recv);
+        Ok(Box::pin(read_head(class, send, recv)))
+    }
+
+    fn streams(&self, class: Class, send: RawSend, recv: RawRecv) -> (SendStream, RecvStream) {
+        let tally = self.shared.tally.clone();
+        let send = SendStream {
+            raw: send,
+            class,
+            tally: tally.clone(),
+            ended: false,
+        };
+        let recv = RecvStream {
+            raw: recv,
+            class,
+            tally,
+            partial: BytesMut::new(),
+        };
+        (send, recv)
+    }
+
+    /// Ends the connection at once; what is not yet sent is lost.
+    pub fn close(&self, code: u32, reason: &str) {
+        match &self.link {
+            Link::Quic(link) => link.close(code, reason),
+            Link::WebSocket(link) => link.close(code, reason),
+        }
+    }
+
+    /// Waits for the end and says why.
+    pub async fn closed(&self) -> TransportError {
+        match &self.link {
+            Link::Quic(link) => link.closed().await,
+            Link::WebSocket(link) => link.closed().await,
+        }
+    }
+
+    /// The peer's chain as verified, leaf first.
+    pub fn peer_certificates(&self) -> &[CertificateDer<'static>] {
+        &self.shared.peer
+    }
+
+    /// Over QUIC it may change while the connection lives.
+    pub fn remote_address(&self) -> SocketAddr {
+        match &self.link {
+            Link::Quic(link) => link.remote_address(),
+            Link::WebSocket(link) => link.remote_address(),
+        }
+    }
+
+    pub fn kind(&self) -> TransportKind {
+        match &self.link {
+            Link::Quic(_) => TransportKind::Quic,
+            Link::WebSocket(_) => TransportKind::WebSocket,
+        }
+    }
+
+    /// Bytes and writes of streams by direction and class, heads included.
+    pub fn counters(&self) -> Counters {
+        self.shared.tally.read()
+    }
+}
+
+impl std::fmt::Debug for Connection {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Connection")
+            .field("kind", &self.kind())
+            .field("remote", &self.remote_address())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Nothing when the head is late, too long or unreadable: the stream is then reset.
+async fn read_head(
+    class: Option<Class>,
+    mut send: SendStream,
+    mut recv: RecvStream,
+) -> Option<Incoming> {
+    let read = async {
+        let class = match class {
+            Some(class) => class,
+            None => Class::from_number(recv.fill(1).await?[0].into()),
+        };
+        let length = recv.fill(2).await?;
+        let length = usize::from(u16::from_be_bytes([length[0], length[1]]));
+        if length > HEAD_LIMIT {
+            return Err(TransportError::TooLarge {
+                size: length,
+                limit: HEAD_LIMIT,
+            });
+        }
+        let head = StreamHead::decode(recv.fill(length).await?)
+            .map_err(|e| TransportError::Protocol(format!("a stream's head is unreadable: {e}")))?;
+        Ok((class, head))
+    };
+    match tokio::time::timeout(HEAD_DEADLINE, read).await {
+        Ok(Ok((class, head))) => {
+            send.classify(class);
+            recv.class = class;
+            Some(Incoming {
+                head,
+                class,
+                send,
+                recv,
+            })
+        }
+        Ok(Err(_)) | Err(_) => {
+            send.reset(CODE_BAD_HEAD);
+            recv.stop(CODE_BAD_HEAD);
+            None
+        }
+    }
+}
+
+enum RawSend {
+    Quic(quinn::SendStream),
+    WebSocket(ws::WsSend),
+}
+
+enum RawRecv {
+    Quic(quinn::RecvStream),
+    WebSocket(ws::WsRecv),
+}
+
+/// The writing half. Dropped before [`SendStream::finish`], it resets the stream, so that a
+/// broken-off transfer never looks complete.
+pub struct SendStream {
+    raw: RawSend,
+    class: Class,
+    tally: Arc<Tally>,
+    ended: bool,
+}
+
+impl SendStream {
+    /// Waits for room as the reader makes it. Not cancel-safe: a part may have been written.
+    pub async fn write_all(&mut self, bytes: Bytes) -> Result<(), TransportError> {
+        self.tally.count(Direction::Sent, self.class, bytes.len());
+        match &mut self.raw {
+            RawSend::Quic(send) => send.write_chunk(bytes).await.map_err(TransportError::from),
+            RawSend::WebSocket(send) => send.write_all(bytes).await,
+        }
+    }
+
+    /// Writes one message behind its length.
+    pub async fn write_message(&mut self, message: &[u8]) -> Result<(), TransportError> {
+        let length = u32::try_from(message.len()).map_err(|_| TransportError::TooLarge {
+            size: message.len(),
+            limit: u32::MAX as usize,
+        })?;
+        let mut framed = BytesMut::with_capacity(4 + message.len());
+        framed.put_u32(length);
+        framed.put_slice(message);
+        self.write_all(framed.freeze()).await
+    }
+
+    /// No more bytes follow; what was written is delivered.
+    pub fn finish(&mut self) {
+        self.ended = true;
+        match &mut self.raw {
+            // Fails only for a stream that has ended already.
+            RawSend::Quic(send) => drop(send.finish()),
+            RawSend::WebSocket(send) => send.finish(),
+        }
+    }
+
+    /// Breaks off: what is not yet delivered is lost, and the reader sees the code.
+    pub fn reset(&mut self, code: u32) {
+        self.ended = true;
+        match &mut self.raw {
+            RawSend::Quic(send) => drop(send.reset(code.into())),
+            RawSend::WebSocket(send) => send.reset(code),
+        }
+    }
+
+    fn classify(&mut self, class: Class) {
+        self.class = class;
+        match &mut self.raw {
+            RawSend::Quic(send) => quic::prioritise(send, class),
+            RawSend::WebSocket(_) => {}
+        }
+    }
+}
+
+impl Drop for SendStream {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.reset(0);
+        }
+    }
+}
+
+/// The reading half. Dropped before its end, it tells the writer to stop.
+pub struct RecvStream {
+    raw: RawRecv,
+    class: Class,
+    tally: Arc<Tally>,
+    /// What was read of the next message; keeps the reading methods cancel-safe.
+    partial: BytesMut,
+}
+
+impl RecvStream {
+    /// The next bytes, at most `max`; nothing at the end. Cancel-safe.
+    pub async fn read(&mut self, max: usize) -> Result<Option<Bytes>, TransportError> {
+        if !self.partial.is_empty() {
+            let length = self.partial.len().min(max);
+            return Ok(Some(self.partial.split_to(length).freeze()));
+        }
+        self.read_raw(max).await
+    }
+
+    async fn read_raw(&mut self, max: usize) -> Result<Option<Bytes>, TransportError> {
+        let bytes = match &mut self.raw {
+            RawRecv::Quic(recv) => recv.read_chunk(max, true).await?.map(|chunk| chunk.bytes),
+            RawRecv::WebSocket(recv) => recv.read(max).await?,
+        };
+        if let Some(bytes) = &bytes {
+            self.tally
+                .count(Direction::Received, self.class, bytes.len());
+        }
+        Ok(bytes)
+    }
+
+    /// Exactly `length` bytes. Cancel-safe: what has arrived is kept for the next call.
+    pub async fn read_exact(&mut self, length: usize) -> Result<Bytes, TransportError> {
+        self.fill(length).await
+    }
+
+    /// One message, or nothing if the stream ends before one begins. The limit is checked before
+    /// anything is allocated. Cancel-safe.
+    pub async fn read_message(&mut self, limit: usize) -> Result<Option<Bytes>, TransportError> {
+        while self.partial.len() < 4 {
+            if !self.grow(4).await? {
+                return if self.partial.is_empty() {
+                    Ok(None)
+                } else {
+                    Err(TransportError::CutShort)
+                };
+            }
+        }
+        let p = &self.partial;
+        let size = u32::from_be_bytes([p[0], p[1], p[2], p[3]]);
+        let size = usize::try_from(size).unwrap_or(usize::MAX);
+        if size > limit {
+            return Err(TransportError::TooLarge { size, limit });
+        }
+        let whole = self.fill(4 + size).await?;
+        Ok(Some(whole.slice(4..)))
+    }
+
+    async fn fill(&mut self, length: usize) -> Result<Bytes, TransportError> {
+        while self.partial.len() < length {
+            if !self.grow(length).await? {
+                return Err(TransportError::CutShort);
+            }
+        }
+        if self.partial.len() == length {
+            return Ok(std::mem::take(&mut self.partial).freeze());
+        }
+        Ok(self.partial.split_to(length).freeze())
+    }
+
+    /// Reads on towards `length` bytes; false at the end of the stream.
+    async fn grow(&mut self, length: usize) -> Result<bool, TransportError> {
+        let missing = length - self.partial.len();
+        match self.read_raw(missing).await? {
+            Some(bytes) => {
+                self.partial.extend_from_slice(&bytes);
+                Ok(true)
+            }
+            None => Ok(false),
+        }
+    }
+
+    /// Nothing more is wanted; the writer sees the code.
+    pub fn stop(&mut self, code: u32) {
+        match &mut self.raw {
+            // Fails only for a stream that has ended already.
+            RawRecv::Quic(recv) => drop(recv.stop(code.into())),
+            RawRecv::WebSocket(recv) => recv.stop(code),
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "transport/tests.rs"]
+mod tests;

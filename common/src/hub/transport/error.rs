@@ -1,0 +1,167 @@
+//! Why a connection or a stream ended, in words for the people at either end.
+
+use std::sync::Arc;
+
+use super::super::mux::{StreamEnd, Violation};
+use super::super::tls::TrustError;
+
+/// Why the server did not take the client's certificate, as its TLS alert tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    Expired,
+    Revoked,
+    /// Not signed by a root that the cloud has, or not a certificate for this use.
+    Unknown,
+    /// None was shown.
+    Missing,
+    /// The server does not speak our protocol on this port.
+    Protocol,
+    /// Another TLS alert.
+    Other(u8),
+}
+
+impl Refusal {
+    pub(in crate::hub) fn from_alert(alert: u8) -> Self {
+        match alert {
+            45 => Refusal::Expired,
+            44 => Refusal::Revoked,
+            42 | 43 | 46 | 48 | 49 | 51 => Refusal::Unknown,
+            116 => Refusal::Missing,
+            120 => Refusal::Protocol,
+            other => Refusal::Other(other),
+        }
+    }
+}
+
+impl std::fmt::Display for Refusal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Refusal::Expired => f.write_str("this device's certificate has expired"),
+            Refusal::Revoked => f.write_str("this device's certificate was revoked"),
+            Refusal::Unknown => f.write_str(
+                "the cloud does not know this device's certificate: join again with a new token",
+            ),
+            Refusal::Missing => f.write_str("this device showed no certificate"),
+            Refusal::Protocol => f.write_str("no CloudCore answers on this port"),
+            Refusal::Other(alert) => write!(f, "TLS alert {alert}"),
+        }
+    }
+}
+
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum TransportError {
+    #[error("the cloud refused the connection: {0}")]
+    Refused(Refusal),
+    #[error(transparent)]
+    Trust(#[from] TrustError),
+    #[error("no answer: {0}")]
+    Timeout(&'static str),
+    #[error("the peer closed the connection (code {code}): {reason}")]
+    ClosedByPeer { code: u32, reason: String },
+    #[error("this end closed the connection")]
+    ClosedHere,
+    #[error("the peer reset the stream (code {code})")]
+    Reset { code: u32 },
+    #[error("the peer wants no more of the stream (code {code})")]
+    Stopped { code: u32 },
+    #[error("the stream ended in the middle of a message")]
+    CutShort,
+    #[error("{size} bytes are more than the {limit} allowed")]
+    TooLarge { size: usize, limit: usize },
+    #[error("the peer broke the protocol: {0}")]
+    Protocol(String),
+    #[error("the transport failed")]
+    Unusable(#[source] Arc<dyn std::error::Error + Send + Sync>),
+}
+
+impl TransportError {
+    pub(in crate::hub) fn unusable(e: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        TransportError::Unusable(Arc::from(e.into()))
+    }
+
+    /// An I/O error of a TLS stream: an alert of the peer is told apart.
+    pub(in crate::hub) fn from_io(error: std::io::Error) -> Self {
+        let inner = error
+            .get_ref()
+            .and_then(|e| e.downcast_ref::<rustls::Error>());
+        match inner {
+            Some(rustls::Error::AlertReceived(alert)) => {
+                TransportError::Refused(Refusal::from_alert(u8::from(*alert)))
+            }
+            Some(_) | None => Self::unusable(error),
+        }
+    }
+}
+
+impl From<Violation> for TransportError {
+    fn from(violation: Violation) -> Self {
+        TransportError::Protocol(violation.to_string())
+    }
+}
+
+impl From<StreamEnd> for TransportError {
+    fn from(end: StreamEnd) -> Self {
+        match end {
+            StreamEnd::Reset(code) => TransportError::Reset { code },
+            StreamEnd::Stopped(code) => TransportError::Stopped { code },
+            StreamEnd::Gone => TransportError::Protocol("the stream was ended here before".into()),
+        }
+    }
+}
+
+fn code(n: quinn::VarInt) -> u32 {
+    u32::try_from(n.into_inner()).unwrap_or(u32::MAX)
+}
+
+/// QUIC carries TLS alerts as 0x100 and the alert (RFC 9001, section 4.8).
+fn alert(n: u64) -> Option<u8> {
+    (0x100..0x200).contains(&n).then_some((n & 0xff) as u8)
+}
+
+impl From<quinn::ConnectionError> for TransportError {
+    fn from(error: quinn::ConnectionError) -> Self {
+        use quinn::ConnectionError as E;
+        match error {
+            E::ConnectionClosed(close) => match alert(close.error_code.into()) {
+                Some(alert) => TransportError::Refused(Refusal::from_alert(alert)),
+                None => Self::unusable(E::ConnectionClosed(close)),
+            },
+            E::ApplicationClosed(close) => TransportError::ClosedByPeer {
+                code: code(close.error_code),
+                reason: String::from_utf8_lossy(&close.reason)
+                    .chars()
+                    .take(256)
+                    .collect(),
+            },
+            E::TimedOut => TransportError::Timeout("the link is silent"),
+            E::LocallyClosed => TransportError::ClosedHere,
+            other @ (E::VersionMismatch | E::TransportError(_) | E::Reset | E::CidsExhausted) => {
+                Self::unusable(other)
+            }
+        }
+    }
+}
+
+impl From<quinn::WriteError> for TransportError {
+    fn from(error: quinn::WriteError) -> Self {
+        match error {
+            quinn::WriteError::Stopped(n) => TransportError::Stopped { code: code(n) },
+            quinn::WriteError::ConnectionLost(e) => e.into(),
+            quinn::WriteError::ClosedStream => StreamEnd::Gone.into(),
+            other @ quinn::WriteError::ZeroRttRejected => Self::unusable(other),
+        }
+    }
+}
+
+impl From<quinn::ReadError> for TransportError {
+    fn from(error: quinn::ReadError) -> Self {
+        match error {
+            quinn::ReadError::Reset(n) => TransportError::Reset { code: code(n) },
+            quinn::ReadError::ConnectionLost(e) => e.into(),
+            quinn::ReadError::ClosedStream => StreamEnd::Gone.into(),
+            other @ (quinn::ReadError::IllegalOrderedRead | quinn::ReadError::ZeroRttRejected) => {
+                Self::unusable(other)
+            }
+        }
+    }
+}

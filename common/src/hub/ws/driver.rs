@@ -1,0 +1,221 @@
+//! The one task of a WebSocket connection: moves messages between socket and mux, pings, and
+//! notices when the link is dead.
+//!
+//! A message is handed to the socket only when the one before has left: what is urgent then waits
+//! behind one message and the kernel's low-water mark, not behind a buffer.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use futures::{Sink, Stream};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::{Instant, Sleep, sleep_until};
+use tokio_tungstenite::tungstenite::Message;
+
+use super::{Core, Wire, lost, wire_error};
+use crate::hub::mux::Side;
+use crate::hub::transport::{LinkConfig, TransportError};
+
+/// Messages in one turn, so that a busy connection leaves room for the others on its thread.
+const TURN: usize = 32;
+/// How long the last words may take to leave.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+pub(super) struct Driver {
+    ws: Wire,
+    core: Arc<Core>,
+    /// The dialling side's rhythm.
+    ping_every: Option<Duration>,
+    dead_after: Duration,
+    heard: Instant,
+    /// When the ping that is not answered yet was sent.
+    pinged: Option<Instant>,
+    next_ping: Option<Instant>,
+    ping_id: u32,
+    /// Since when a message has been waiting to leave.
+    writing: Option<Instant>,
+    closing: Option<Instant>,
+    timer: Pin<Box<Sleep>>,
+}
+
+impl Driver {
+    pub(super) fn new(ws: Wire, core: Arc<Core>, side: Side, link: &LinkConfig) -> Self {
+        let now = Instant::now();
+        let ping_every = match side {
+            Side::Dialler => Some(link.ping_every),
+            Side::Listener => None,
+        };
+        let first = now + ping_every.unwrap_or(link.dead_after);
+        Self {
+            ws,
+            core,
+            ping_every,
+            dead_after: link.dead_after,
+            heard: now,
+            pinged: None,
+            next_ping: ping_every.map(|every| now + every),
+            ping_id: 0,
+            writing: None,
+            closing: None,
+            timer: Box::pin(sleep_until(first)),
+        }
+    }
+
+    pub(super) async fn run(mut self) {
+        let end = std::future::poll_fn(|cx| self.poll(cx)).await;
+        tracing::debug!(reason = %end, "websocket connection ended");
+        let ours = matches!(end, TransportError::ClosedHere);
+        self.core.end(end);
+        if ours {
+            // Reading on until the peer hangs up: a socket closed over unread bytes is reset, and
+            // the reset would overtake the last words.
+            let tls = self.ws.get_mut();
+            let goodbye = async {
+                tls.shutdown().await?;
+                let mut sink = [0; 1024];
+                while tls.read(&mut sink).await? > 0 {}
+                Ok::<_, std::io::Error>(())
+            };
+            // Whatever comes of it, the connection is over.
+            drop(tokio::time::timeout(LAST_WORDS, goodbye).await);
+        }
+    }
+
+    /// Ready when the connection is over.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<TransportError> {
+        self.core.driver.register(cx.waker());
+        if let Poll::Ready(end) = self.poll_read(cx) {
+            return Poll::Ready(end);
+        }
+        if let Poll::Ready(end) = self.poll_write(cx) {
+            return Poll::Ready(end);
+        }
+        self.poll_time(cx)
+    }
+
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<TransportError> {
+        for _ in 0..TURN {
+            let message = match ready!(Pin::new(&mut self.ws).poll_next(cx)) {
+                Some(Ok(message)) => message,
+                Some(Err(e)) => return Poll::Ready(wire_error(e)),
+                None => return Poll::Ready(lost()),
+            };
+            self.heard = Instant::now();
+            match message {
+                Message::Binary(bytes) => {
+                    if let Some(end) = self.take(bytes) {
+                        return Poll::Ready(end);
+                    }
+                }
+                // Answered by the library; middleboxes send them.
+                Message::Ping(_) | Message::Pong(_) => {}
+                Message::Close(_) => return Poll::Ready(lost()),
+                Message::Text(_) | Message::Frame(_) => {
+                    let what = "a WebSocket message is not binary".to_owned();
+                    return Poll::Ready(TransportError::Protocol(what));
+                }
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    fn take(&mut self, bytes: bytes::Bytes) -> Option<TransportError> {
+        let (received, closed, ponged) = self.core.with(|state| {
+            let received = state.mux.receive(bytes);
+            (received, state.mux.closed_by_peer().cloned(), state.ponged)
+        });
+        if let Err(violation) = received {
+            return Some(violation.into());
+        }
+        if ponged || self.core.with(|state| std::mem::take(&mut state.ponged)) {
+            self.pinged = None;
+        }
+        closed.map(|(code, reason)| TransportError::ClosedByPeer { code, reason })
+    }
+
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<TransportError> {
+        for _ in 0..TURN {
+            if self.writing.is_some() {
+                match ready!(Pin::new(&mut self.ws).poll_flush(cx)) {
+                    Ok(()) => self.writing = None,
+                    Err(e) => return Poll::Ready(wire_error(e)),
+                }
+            }
+            let (message, closing) = self
+                .core
+                .with(|state| (state.mux.transmit(), state.mux.is_closing()));
+            let Some(message) = message else {
+                return if closing {
+                    Poll::Ready(TransportError::ClosedHere)
+                } else {
+                    Poll::Pending
+                };
+            };
+            self.writing = Some(Instant::now());
+            // Eager: the flush that follows tells when it has left.
+            if let Err(e) = Pin::new(&mut self.ws).start_send(Message::Binary(message)) {
+                return Poll::Ready(wire_error(e));
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    fn poll_time(&mut self, cx: &mut Context<'_>) -> Poll<TransportError> {
+        if self.closing.is_none() && self.core.lock().mux.is_closing() {
+            let latest = Instant::now() + LAST_WORDS;
+            self.closing = Some(latest);
+            self.timer.as_mut().reset(latest);
+        }
+        loop {
+            ready!(self.timer.as_mut().poll(cx));
+            let now = Instant::now();
+            if self.closing.is_some_and(|latest| now >= latest) {
+                return Poll::Ready(TransportError::ClosedHere);
+            }
+            let silent = |since: Instant| now >= since + self.dead_after;
+            if silent(self.heard) || self.pinged.is_some_and(silent) {
+                return Poll::Ready(TransportError::Timeout("the link is silent"));
+            }
+            if self.writing.is_some_and(silent) {
+                return Poll::Ready(TransportError::Timeout("the peer takes nothing any more"));
+            }
+            self.ping_if_due(now, cx);
+            let next = self.next_deadline();
+            self.timer.as_mut().reset(next);
+        }
+    }
+
+    fn ping_if_due(&mut self, now: Instant, cx: &Context<'_>) {
+        let (Some(every), Some(due)) = (self.ping_every, self.next_ping) else {
+            return;
+        };
+        if now < due {
+            return;
+        }
+        self.next_ping = Some(now + every);
+        self.ping_id = self.ping_id.wrapping_add(1);
+        self.pinged.get_or_insert(now);
+        let id = self.ping_id;
+        self.core.with(|state| state.mux.ping(id));
+        cx.waker().wake_by_ref();
+    }
+
+    /// All of these only move away while the timer runs, so a timer that fires early looks again.
+    fn next_deadline(&self) -> Instant {
+        let dead = |since: Instant| since + self.dead_after;
+        let mut next = dead(self.heard);
+        for other in [
+            self.pinged.map(dead),
+            self.writing.map(dead),
+            self.next_ping,
+            self.closing,
+        ] {
+            next = other.map_or(next, |o| next.min(o));
+        }
+        next
+    }
+}

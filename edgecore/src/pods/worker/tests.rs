@@ -1,0 +1,584 @@
+//! Whole lives of Pods on a runtime in memory, under paused time.
+
+use serde_json::{Value, json};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, timeout};
+
+use common::object::Object;
+
+use super::*;
+use crate::cri::Cri as _;
+use crate::cri::fake::{Fake, Program};
+use crate::pods::cgroups::CgroupDriver;
+use crate::pods::ledger::InMemory;
+use crate::pods::manager::{Config, Deps, Handle, PodManager};
+use crate::pods::tokens::{Token, TokenFuture, TokenRequest, TokenSource};
+use crate::pods::volumes::VolumesConfig;
+use crate::store::desired::Batch;
+
+struct NoTokens;
+
+impl TokenSource for NoTokens {
+    fn token<'a>(&'a self, _: &'a TokenRequest) -> TokenFuture<'a> {
+        Box::pin(async { Ok(Token { token: "t".into(), refresh_in_seconds: 3600 }) })
+    }
+    fn forget(&self, _: &ObjectKey) {}
+}
+
+/// A device: what survives the agent, and the runtime under it.
+struct Device {
+    fake: Arc<Fake>,
+    desired: Desired,
+    reports: Reports,
+    events: Events,
+    ledger: Arc<InMemory>,
+    dir: tempfile::TempDir,
+}
+
+struct Agent {
+    handle: Handle,
+    stop: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+impl Agent {
+    async fn stop(self) {
+        self.stop.cancel();
+        self.task.await.unwrap();
+    }
+}
+
+impl Device {
+    fn new() -> Self {
+        let now = Timestamp::from_second(1_800_000_000).unwrap();
+        let device = Self {
+            fake: Arc::new(Fake::new(now)),
+            desired: Desired::in_memory(),
+            reports: Reports::in_memory(),
+            events: Events::in_memory(),
+            ledger: Arc::default(),
+            dir: tempfile::tempdir().unwrap(),
+        };
+        device.fake.add_image("i:1");
+        device.put_object(ObjectKey::named(Kind::Services, "default", ""), json!([]));
+        device
+    }
+
+    fn start(&self) -> Agent {
+        let path = |sub: &str| self.dir.path().join(sub);
+        std::fs::create_dir_all(path("cgroup")).unwrap();
+        let volumes = Volumes::new(
+            VolumesConfig { root: path("agent"), node_ca_pem: None },
+            self.desired.clone(),
+            Arc::new(NoTokens),
+        );
+        let environment = Environment {
+            node_name: "edge-1".into(),
+            node_ip: "192.0.2.7".parse().unwrap(),
+            cluster_dns: None,
+            cluster_domain: "cluster.local".into(),
+            api_service: None,
+            allocatable_cpu_millis: 2000,
+            allocatable_memory_bytes: 1 << 30,
+            allocatable_ephemeral_bytes: 1 << 30,
+        };
+        let config = Config {
+            most_pods: 110,
+            paths: Paths {
+                pod_logs: path("log/pods"),
+                container_logs: path("log/containers"),
+                ..Paths::default()
+            },
+            cgroups: Some(Cgroups::at(CgroupDriver::Systemd, path("cgroup"))),
+        };
+        let fake = self.fake.clone();
+        let start = Instant::now();
+        let clock: Clock = Arc::new(move || Now { wall: fake.now(), mono: start.elapsed() });
+        let (handle, task) = PodManager::build(
+            config,
+            Deps {
+                cri: self.fake.clone(),
+                desired: self.desired.clone(),
+                reports: self.reports.clone(),
+                events: self.events.clone(),
+                volumes: Arc::new(volumes),
+                environment: watch::channel(Some(environment)).1,
+                ledger: self.ledger.clone(),
+                clock: Some(clock),
+            },
+        );
+        let stop = CancellationToken::new();
+        let task = tokio::spawn(task.run(stop.clone()));
+        Agent { handle, stop, task }
+    }
+
+    fn put_object(&self, key: ObjectKey, json: Value) {
+        let object = Object::present(key, json.to_string().into_bytes());
+        self.desired.commit(Batch { puts: vec![object], ..Default::default() });
+    }
+
+    fn put(&self, pod: &Value) -> ObjectKey {
+        let text = |key: &str| pod["metadata"][key].as_str().unwrap();
+        let key = ObjectKey::pod(text("namespace"), text("name"), text("uid"));
+        self.put_object(key.clone(), pod.clone());
+        key
+    }
+
+    fn remove(&self, key: &ObjectKey) {
+        self.desired.commit(Batch { removes: vec![key.clone()], ..Default::default() });
+    }
+
+    fn status(&self, key: &ObjectKey) -> Value {
+        self.reports.pod(key).map(|r| r.status).unwrap_or_default()
+    }
+
+    fn phase(&self, key: &ObjectKey) -> String {
+        self.status(key)["phase"].as_str().unwrap_or_default().to_owned()
+    }
+
+    fn gone(&self, key: &ObjectKey) -> bool {
+        self.reports.pod(key).is_some_and(|r| r.gone)
+    }
+
+    /// Waits for a level, in the tests' own time.
+    async fn until(&self, what: &str, good: impl Fn() -> bool) -> Duration {
+        let began = Instant::now();
+        let polled = timeout(Duration::from_secs(3600), async {
+            while !good() {
+                sleep(Duration::from_millis(5)).await;
+            }
+        });
+        assert!(polled.await.is_ok(), "{what}: never; {:?}\n{:#?}", self.fake.calls(), self.reasons());
+        began.elapsed()
+    }
+
+    fn reasons(&self) -> Vec<String> {
+        self.events.drain().into_iter().map(|e| format!("{} {}", e.reason, e.message)).collect()
+    }
+}
+
+fn pod(name: &str, uid: &str) -> Value {
+    json!({
+        "metadata": {"name": name, "namespace": "default", "uid": uid},
+        "spec": {
+            "restartPolicy": "Always", "enableServiceLinks": false,
+            "terminationGracePeriodSeconds": 30,
+            "containers": [{"name": "main", "image": "i:1", "imagePullPolicy": "IfNotPresent"}]
+        }
+    })
+}
+
+fn deleted(mut pod: Value, grace: i64) -> Value {
+    pod["metadata"]["deletionTimestamp"] = json!("2027-01-15T08:00:00Z");
+    pod["metadata"]["deletionGracePeriodSeconds"] = json!(grace);
+    pod
+}
+
+fn ends(after: u64, code: i32) -> Program {
+    Program { ends: Some((Duration::from_secs(after), code)), stubborn: false }
+}
+
+fn condition<'a>(status: &'a Value, kind: &str) -> &'a str {
+    let all = status["conditions"].as_array().unwrap();
+    let found = all.iter().find(|c| c["type"] == kind).unwrap();
+    found["status"].as_str().unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_runs_is_deleted_and_its_record_goes_last() {
+    let d = Device::new();
+    let agent = d.start();
+    let key = d.put(&pod("web", "u1"));
+    let took = d.until("running", || d.phase(&key) == "Running").await;
+    assert!(took < Duration::from_millis(100), "no timer is on the way: {took:?}");
+    let status = d.status(&key);
+    for kind in ["PodReadyToStartContainers", "Initialized", "ContainersReady", "Ready", "PodScheduled"] {
+        assert_eq!(condition(&status, kind), "True", "{kind}");
+    }
+    assert_eq!(status["hostIP"], "192.0.2.7");
+    assert_eq!(status["containerStatuses"][0]["restartCount"], 0);
+    let reasons: Vec<_> = d.events.drain().into_iter().map(|e| e.reason).collect();
+    assert_eq!(reasons, ["Pulled", "Created", "Started"]);
+
+    d.fake.program("main", Program::default());
+    d.put(&deleted(pod("web", "u1"), 30));
+    d.until("gone", || d.gone(&key)).await;
+    assert!(d.fake.is_empty());
+    assert_eq!(d.phase(&key), "Failed", "it ended with 143");
+    assert_eq!(condition(&d.status(&key), "Ready"), "False");
+    assert_eq!(d.desired.pods().len(), 1, "the cloud still has to delete the object");
+
+    d.remove(&key);
+    d.until("forgotten", || d.desired.pods().is_empty()).await;
+    assert!(d.reports.pod(&key).is_none());
+    agent.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_vanishes_from_the_cloud_is_ended_with_its_own_grace() {
+    let d = Device::new();
+    let _agent = d.start();
+    d.fake.program("main", Program { stubborn: true, ..Default::default() });
+    let key = d.put(&pod("web", "u1"));
+    d.until("running", || d.phase(&key) == "Running").await;
+    d.remove(&key);
+    let took = d.until("forgotten", || d.desired.pods().is_empty()).await;
+    assert!(d.fake.is_empty());
+    assert!((30..32).contains(&took.as_secs()), "{took:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shorter_grace_shortens_the_wait_and_the_pre_stop_hook_runs_once() {
+    let d = Device::new();
+    let _agent = d.start();
+    d.fake.program("main", Program { stubborn: true, ..Default::default() });
+    let mut spec = pod("web", "u1");
+    spec["spec"]["containers"][0]["lifecycle"] =
+        json!({"preStop": {"exec": {"command": ["bye"]}}, "postStart": {"exec": {"command": ["hi"]}}});
+    let key = d.put(&spec);
+    d.until("ready", || d.status(&key)["containerStatuses"][0]["ready"] == true).await;
+    d.put(&deleted(spec.clone(), 30));
+    sleep(Duration::from_secs(2)).await;
+    d.put(&deleted(spec, 3));
+    let took = d.until("gone", || d.gone(&key)).await;
+    assert!(took < Duration::from_secs(4), "{took:?}");
+    let hooks: Vec<_> = d.fake.calls().into_iter().filter(|c| c.starts_with("ExecSync")).collect();
+    assert_eq!(hooks, ["ExecSync main/0 hi", "ExecSync main/0 bye"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_container_that_crashes_is_restarted_later_and_later() {
+    let d = Device::new();
+    let _agent = d.start();
+    d.fake.program("main", ends(1, 7));
+    let began = Instant::now();
+    let key = d.put(&pod("web", "u1"));
+    let mut at = Vec::new();
+    for attempt in 0..5 {
+        let label = format!("StartContainer main/{attempt}");
+        d.until(&label, || d.fake.calls().contains(&label)).await;
+        at.push(began.elapsed().as_secs());
+    }
+    // Each run takes a second and is noticed within one more; the waits are 0, 10, 20, 40.
+    let gaps: Vec<_> = at.windows(2).map(|w| w[1] - w[0]).collect();
+    for (gap, least) in gaps.iter().zip([1, 11, 21, 41]) {
+        assert!((least..least + 3).contains(gap), "{gaps:?}");
+    }
+    d.until("says so", || {
+        d.status(&key)["containerStatuses"][0]["state"]["waiting"]["reason"] == "CrashLoopBackOff"
+    })
+    .await;
+    let status = d.status(&key);
+    assert_eq!(status["containerStatuses"][0]["lastState"]["terminated"]["exitCode"], 7);
+    assert_eq!(status["phase"], "Running");
+    assert!(d.events.drain().iter().any(|e| e.reason == "BackOff"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_new_agent_adopts_what_runs_and_restarts_nothing() {
+    let d = Device::new();
+    let agent = d.start();
+    let key = d.put(&pod("web", "u1"));
+    d.until("running", || d.phase(&key) == "Running").await;
+    let before = d.status(&key);
+    agent.stop().await;
+    assert_eq!(d.fake.running(), ["main/0"]);
+    d.fake.forget_calls();
+    let _agent = d.start();
+    sleep(Duration::from_secs(120)).await;
+    assert!(d.fake.calls().is_empty(), "{:?}", d.fake.calls());
+    assert_eq!(d.status(&key), before, "not even a time changed");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_finishes_what_one_before_it_began() {
+    let d = Device::new();
+    let agent = d.start();
+    d.fake.program("main", Program { stubborn: true, ..Default::default() });
+    let key = d.put(&pod("web", "u1"));
+    d.until("running", || d.phase(&key) == "Running").await;
+    d.put(&deleted(pod("web", "u1"), 30));
+    sleep(Duration::from_secs(5)).await;
+    agent.stop().await;
+    d.remove(&key);
+    let _agent = d.start();
+    d.until("forgotten", || d.desired.pods().is_empty()).await;
+    assert!(d.fake.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_that_is_done_is_never_started_again() {
+    let d = Device::new();
+    let agent = d.start();
+    d.fake.program("main", ends(5, 0));
+    let mut job = pod("job", "u1");
+    job["spec"]["restartPolicy"] = json!("Never");
+    let key = d.put(&job);
+    d.until("done", || d.phase(&key) == "Succeeded").await;
+    sleep(Duration::from_secs(5)).await;
+    assert!(d.fake.calls().iter().any(|c| c.starts_with("StopPodSandbox")));
+    agent.stop().await;
+
+    // Another agent that has neither its own report nor the dead container, only the API's word.
+    job["status"] = json!({"phase": "Succeeded"});
+    d.put(&job);
+    d.reports.forget_pod(&key);
+    let ids = d.fake.list_sandboxes(None).await.unwrap();
+    for sandbox in ids {
+        d.fake.remove_sandbox(&sandbox.id).await.unwrap();
+    }
+    d.fake.forget_calls();
+    let _agent = d.start();
+    sleep(Duration::from_secs(60)).await;
+    assert!(d.fake.calls().is_empty(), "{:?}", d.fake.calls());
+    assert_eq!(d.phase(&key), "Succeeded");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_init_container_fails_a_pod_that_never_restarts() {
+    let d = Device::new();
+    let _agent = d.start();
+    d.fake.program("prepare", ends(1, 3));
+    let mut spec = pod("web", "u1");
+    spec["spec"]["restartPolicy"] = json!("Never");
+    spec["spec"]["initContainers"] = json!([{"name": "prepare", "image": "i:1"}]);
+    let key = d.put(&spec);
+    d.until("failed", || d.phase(&key) == "Failed").await;
+    sleep(Duration::from_secs(30)).await;
+    let starts: Vec<_> = d.fake.calls().into_iter().filter(|c| c.starts_with("Start")).collect();
+    assert_eq!(starts, ["StartContainer prepare/0"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_missing_runtime_is_reported_and_waited_for() {
+    let d = Device::new();
+    d.fake.set_down(true);
+    let agent = d.start();
+    let key = d.put(&pod("web", "u1"));
+    sleep(Duration::from_secs(30)).await;
+    let mut runtime = agent.handle.runtime.clone();
+    assert!(!runtime.borrow_and_update().ready);
+    assert!(runtime.borrow().message.contains("container runtime is down"));
+    d.fake.set_down(false);
+    let took = d.until("running", || d.phase(&key) == "Running").await;
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    assert!(runtime.borrow().ready && runtime.borrow().name == "fake");
+
+    d.fake.set_down(true);
+    runtime.wait_for(|r| !r.ready).await.unwrap();
+    assert_eq!(d.phase(&key), "Running", "a runtime that is away says nothing about its Pods");
+    d.fake.set_down(false);
+    runtime.wait_for(|r| r.ready).await.unwrap();
+    assert_eq!(d.fake.running(), ["main/0"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_image_that_cannot_be_pulled_backs_off_and_is_tried_again() {
+    let d = Device::new();
+    let _agent = d.start();
+    let mut spec = pod("web", "u1");
+    spec["spec"]["containers"][0]["image"] = json!("r.example/private:1");
+    spec["spec"]["imagePullSecrets"] = json!([{"name": "login"}]);
+    d.put_object(
+        ObjectKey::named(Kind::Secret, "default", "login"),
+        // {"auths":{"r.example":{"username":"edge","password":"x"}}}
+        json!({"data": {".dockerconfigjson":
+            "eyJhdXRocyI6eyJyLmV4YW1wbGUiOnsidXNlcm5hbWUiOiJlZGdlIiwicGFzc3dvcmQiOiJ4In19fQ=="}}),
+    );
+    let key = d.put(&spec);
+    let reason = || d.status(&key)["containerStatuses"][0]["state"]["waiting"]["reason"].clone();
+    d.until("error", || reason() == "ErrImagePull").await;
+    d.until("back-off", || reason() == "ImagePullBackOff").await;
+    assert_eq!(d.phase(&key), "Pending");
+    d.fake.publish("r.example/private:1", Some("edge"));
+    let took = d.until("running", || d.phase(&key) == "Running").await;
+    assert!(took < Duration::from_secs(11), "{took:?}");
+    assert!(d.fake.calls().contains(&"PullImage r.example/private:1 edge".to_owned()));
+    let reasons = d.reasons().join("\n");
+    for word in ["Pulling image", "Failed to pull image", "Error: ErrImagePull", "Successfully pulled"] {
+        assert!(reasons.contains(word), "{word} in {reasons}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_deleted_while_its_image_comes_does_not_wait_for_it() {
+    let d = Device::new();
+    let _agent = d.start();
+    d.fake.publish("big:1", None);
+    d.fake.delay("PullImage", Duration::from_secs(600));
+    let mut spec = pod("web", "u1");
+    spec["spec"]["containers"][0]["image"] = json!("big:1");
+    let key = d.put(&spec);
+    d.until("pending", || d.phase(&key) == "Pending").await;
+    sleep(Duration::from_secs(5)).await;
+    d.put(&deleted(spec, 30));
+    let took = d.until("gone", || d.gone(&key)).await;
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    assert!(d.fake.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_call_that_fails_is_made_again_and_said() {
+    for (call, reason) in [
+        ("RunPodSandbox", "FailedCreatePodSandBox"),
+        ("CreateContainer", "Failed"),
+        ("StartContainer", "Failed"),
+    ] {
+        let d = Device::new();
+        let _agent = d.start();
+        d.fake.fail_next(call, Failure::Refused, "no luck");
+        let key = d.put(&pod("web", "u1"));
+        let took = d.until(call, || d.phase(&key) == "Running").await;
+        assert!(took < Duration::from_secs(20), "{call}: {took:?}");
+        assert!(d.events.drain().iter().any(|e| e.reason == reason && e.message.contains("no luck")));
+    }
+    for call in ["StopContainer", "StopPodSandbox", "RemoveContainer", "RemovePodSandbox"] {
+        let d = Device::new();
+        let _agent = d.start();
+        let key = d.put(&pod("web", "u1"));
+        d.until("running", || d.phase(&key) == "Running").await;
+        d.fake.fail_next(call, Failure::Refused, "no luck");
+        d.put(&deleted(pod("web", "u1"), 5));
+        let took = d.until(call, || d.gone(&key)).await;
+        assert!(took < Duration::from_secs(20), "{call}: {took:?}");
+        assert!(d.fake.is_empty());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_sandbox_that_is_lost_is_made_again() {
+    let d = Device::new();
+    let _agent = d.start();
+    let key = d.put(&pod("web", "u1"));
+    d.until("running", || d.phase(&key) == "Running").await;
+    d.fake.lose_sandbox("u1");
+    d.until("again", || d.fake.running() == ["main/1"]).await;
+    d.until("said", || d.status(&key)["containerStatuses"][0]["restartCount"] == 1).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_successor_of_the_same_name_waits_for_nothing() {
+    let d = Device::new();
+    let _agent = d.start();
+    d.fake.program("main", Program { stubborn: true, ..Default::default() });
+    let old = d.put(&pod("db-0", "u1"));
+    d.until("running", || d.phase(&old) == "Running").await;
+    d.remove(&old);
+    let new = d.put(&pod("db-0", "u2"));
+    let took = d.until("successor", || d.phase(&new) == "Running").await;
+    assert!(took < Duration::from_secs(1));
+    assert_eq!(d.fake.running().len(), 2, "the first is still ending");
+    d.until("one left", || d.desired.pods().len() == 1).await;
+    assert_eq!(d.phase(&new), "Running");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_port_of_the_device_is_waited_for_or_refused() {
+    let d = Device::new();
+    let _agent = d.start();
+    d.fake.program("main", Program { stubborn: true, ..Default::default() });
+    let web = |name: &str, uid: &str| {
+        let mut spec = pod(name, uid);
+        spec["spec"]["containers"][0]["ports"] = json!([{"containerPort": 80, "hostPort": 80}]);
+        spec
+    };
+    let first = d.put(&web("a", "u1"));
+    d.until("running", || d.phase(&first) == "Running").await;
+    let second = d.put(&web("b", "u2"));
+    d.until("refused", || d.phase(&second) == "Failed").await;
+    assert_eq!(d.status(&second)["reason"], "NodePorts");
+
+    d.put(&deleted(web("a", "u1"), 10));
+    sleep(Duration::from_secs(1)).await;
+    let third = d.put(&web("c", "u3"));
+    sleep(Duration::from_secs(2)).await;
+    assert_eq!(d.phase(&third), "Pending");
+    d.until("gone", || d.gone(&first)).await;
+    let took = d.until("running", || d.phase(&third) == "Running").await;
+    assert!(took < Duration::from_secs(1), "{took:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_starts_with_a_reference_that_has_not_come_and_all_follows_when_it_does() {
+    let d = Device::new();
+    let _agent = d.start();
+    let mut spec = pod("web", "u1");
+    spec["spec"]["containers"][0]["env"] = json!([
+        {"name": "A", "valueFrom": {"configMapKeyRef": {"name": "settings", "key": "a"}}}
+    ]);
+    let key = d.put(&spec);
+    sleep(Duration::from_secs(60)).await;
+    assert!(d.fake.calls().is_empty(), "{:?}", d.fake.calls());
+    assert!(d.events.drain().is_empty());
+
+    let settings = ObjectKey::named(Kind::ConfigMap, "default", "settings");
+    let absent = vec![Object::absent(settings.clone())];
+    d.desired.commit(Batch { puts: absent, ..Default::default() });
+    let reason = || d.status(&key)["containerStatuses"][0]["state"]["waiting"]["reason"].clone();
+    d.until("said", || reason() == "CreateContainerConfigError").await;
+    d.put_object(settings, json!({"data": {"a": "b"}}));
+    let took = d.until("running", || d.phase(&key) == "Running").await;
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    let env = d.fake.config_of("main").unwrap().envs;
+    assert!(env.iter().any(|e| e.key == "A" && e.value == "b"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_malformed_pod_marks_itself_and_the_others_go_on() {
+    let d = Device::new();
+    let _agent = d.start();
+    let bad = ObjectKey::pod("default", "bad", "u9");
+    d.put_object(bad.clone(), json!({"spec": {"containers": "none"}}));
+    let good = d.put(&pod("web", "u1"));
+    d.until("running", || d.phase(&good) == "Running").await;
+    let events = d.events.drain();
+    assert!(events.iter().any(|e| e.pod.contains("bad") && e.reason == "FailedValidation"));
+    d.remove(&bad);
+    d.until("forgotten", || d.desired.pods().len() == 1).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_is_active_for_too_long_fails() {
+    let d = Device::new();
+    let _agent = d.start();
+    let mut spec = pod("web", "u1");
+    spec["spec"]["activeDeadlineSeconds"] = json!(20);
+    let key = d.put(&spec);
+    d.until("running", || d.phase(&key) == "Running").await;
+    let took = d.until("failed", || d.phase(&key) == "Failed").await;
+    assert!((18..23).contains(&took.as_secs()), "{took:?}");
+    assert_eq!(d.status(&key)["reason"], "DeadlineExceeded");
+    d.until("stopped", || d.fake.running().is_empty()).await;
+    sleep(Duration::from_secs(60)).await;
+    assert_eq!(d.phase(&key), "Failed");
+    assert!(d.fake.running().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn orphans_are_removed_only_once_the_cloud_has_said_that_the_set_is_complete() {
+    let d = Device::new();
+    let agent = d.start();
+    let key = d.put(&pod("web", "u1"));
+    d.until("running", || d.phase(&key) == "Running").await;
+    agent.stop().await;
+    // An agent whose store was lost.
+    let lost = Device { desired: Desired::in_memory(), ..d };
+    let _agent = lost.start();
+    sleep(Duration::from_secs(600)).await;
+    assert_eq!(lost.fake.running(), ["main/0"]);
+    lost.desired.commit(Batch { complete: true, ..Default::default() });
+    lost.until("removed", || lost.fake.is_empty()).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_device_at_rest_asks_its_runtime_rarely() {
+    let d = Device::new();
+    let _agent = d.start();
+    let keys: Vec<_> = (0..10).map(|n| d.put(&pod(&format!("p{n}"), &format!("u{n}")))).collect();
+    d.until("running", || keys.iter().all(|k| d.phase(k) == "Running")).await;
+    sleep(Duration::from_secs(60)).await;
+    d.fake.count_looks();
+    sleep(Duration::from_secs(60)).await;
+    let looks = d.fake.count_looks();
+    assert!(looks <= 30, "{looks} calls in a minute at rest");
+}
