@@ -7,7 +7,7 @@
 //! ```text
 //!  pods   ─┐                                         ┌─▶ NodeFeed  (a session each)
 //!  nodes  ─┼─ bounded queue ─▶ index ─▶ published ───┤
-//!  services┘        ▲            │                   └─▶ LiveFeed, pod(uid), node(name)
+//!  services┘        ▲            │                   └─▶ PodViews, pod(uid), node(name)
 //!                   └─ configs ◀─┘ read, watch
 //! ```
 //!
@@ -36,11 +36,11 @@ use tokio_util::sync::CancellationToken;
 use self::configs::{Configs, Told};
 use self::feed::{Ask, Feed, Seen};
 pub use self::index::Malformed;
-pub use self::index::live::{Live, NodeView, PodView};
+pub use self::index::live::{NodeLive, PodView};
 use self::index::{Changes, Index};
 pub use self::metrics::Metrics;
 use self::published::Published;
-pub use self::published::{LiveFeed, NodeFeed, NodeSnapshot};
+pub use self::published::{NodeFeed, NodeSnapshot, PodViews};
 use self::source::Access;
 pub use self::versioned::Versioned;
 
@@ -120,13 +120,21 @@ impl Downstream {
     }
 
     /// The live state of an edge node's Node.
-    pub fn node(&self, node: &NodeName) -> Option<Arc<NodeView>> {
+    pub fn node(&self, node: &NodeName) -> Option<Arc<NodeLive>> {
         self.published.node(node)
     }
 
-    /// The live state of a node, its Pods and its Node, as it changes.
-    pub fn live(&self, node: &NodeName) -> LiveFeed {
-        self.published.live(node)
+    /// The live state of all of a node's Pods. It also says when the node's Node changed.
+    pub fn pod_views(&self, node: &NodeName) -> PodViews {
+        self.published.pod_views(node)
+    }
+
+    /// Waits until Pods, Nodes and Services have been listed once. Cancel safe.
+    pub async fn listed(&self) {
+        let mut listed = self.published.listed();
+        if listed.wait_for(|listed| *listed).await.is_err() {
+            std::future::pending::<()>().await;
+        }
     }
 
     pub fn metrics(&self) -> &Metrics {

@@ -22,11 +22,15 @@ pub struct Clients(pub KubeClients);
 
 impl downstream::Clients for Clients {
     fn own(&self) -> kube::Client {
+        self.0.own()
+    }
+
+    fn own_watch(&self) -> kube::Client {
         self.0.own_watch()
     }
 
-    fn as_node(&self, node: &NodeName) -> kube::Client {
-        self.0.as_node_watch(node)
+    fn mark_as_node(request: &mut http::Request<kube::client::Body>, node: &NodeName) {
+        KubeClients::mark_as_node(request, node);
     }
 }
 

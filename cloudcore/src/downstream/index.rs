@@ -26,7 +26,7 @@ use common::object::Object;
 use common::trim;
 use serde_json::Value;
 
-use self::live::{Live, NodeView};
+use self::live::{Live, NodeLive};
 use self::pod::Pod;
 use self::services::{Affected, Services};
 pub use self::shared::Answer;
@@ -167,7 +167,7 @@ pub struct Index {
     edges: BTreeMap<NodeName, Edge>,
     pods: BTreeMap<Arc<str>, Pod>,
     nodes: BTreeMap<NodeName, Arc<Versioned>>,
-    live_nodes: BTreeMap<NodeName, Arc<NodeView>>,
+    live_nodes: BTreeMap<NodeName, Arc<NodeLive>>,
     services: Services,
     shared: Shared,
     marks: Marks,
@@ -312,7 +312,7 @@ impl Index {
             Origin::Watch if self.is_old_news(&name, revision) => return,
             Origin::Watch => {}
         }
-        if let Some(view) = NodeView::of(object) {
+        if let Some(view) = NodeLive::of(object) {
             self.live_nodes.insert(name.clone(), Arc::new(view));
             self.changes.live.insert(name.clone());
         }
@@ -480,7 +480,7 @@ impl Index {
         let uids = self.edges.get(node).into_iter().flat_map(|e| &e.pods);
         let pods = uids.filter_map(|uid| Some((uid.clone(), self.pods.get(uid)?.view.clone())));
         Live {
-            pods: pods.collect(),
+            pods: Arc::new(pods.collect()),
             node: self.live_nodes.get(node).cloned(),
         }
     }

@@ -11,7 +11,7 @@ use std::sync::{Arc, RwLock};
 use common::ids::{Kind, NodeName, ObjectKey};
 use tokio::sync::watch;
 
-use super::index::live::{Live, NodeView, PodView};
+use super::index::live::{Live, NodeLive, PodView};
 use super::index::{Desired, Listed, Marks};
 use super::versioned::{Versioned, View};
 
@@ -81,6 +81,8 @@ pub(super) struct Published {
     cells: RwLock<HashMap<NodeName, Arc<Cell>>>,
     pods: RwLock<HashMap<Arc<str>, Arc<PodView>>>,
     feeds: Feeds,
+    /// Each cluster-wide feed has listed once.
+    listed: watch::Sender<bool>,
 }
 
 /// A node's desired set, as it changes.
@@ -133,13 +135,14 @@ impl NodeFeed {
     }
 }
 
-/// The live state of one node, as it changes.
+/// The live state of one node's Pods, as it changes.
 #[derive(Debug)]
-pub struct LiveFeed(watch::Receiver<Arc<Live>>);
+pub struct PodViews(watch::Receiver<Arc<Live>>);
 
-impl LiveFeed {
-    pub fn snapshot(&self) -> Arc<Live> {
-        self.0.borrow().clone()
+impl PodViews {
+    /// By UID; mirror Pods included.
+    pub fn snapshot(&self) -> Arc<BTreeMap<Arc<str>, Arc<PodView>>> {
+        self.0.borrow().pods.clone()
     }
 
     /// Waits until a Pod of the node, or its Node, changed in the API, whatever changed in it.
@@ -159,14 +162,18 @@ impl Published {
         }
     }
 
-    pub(super) fn live(&self, node: &NodeName) -> LiveFeed {
-        LiveFeed(self.cell(node).live.subscribe())
+    pub(super) fn pod_views(&self, node: &NodeName) -> PodViews {
+        PodViews(self.cell(node).live.subscribe())
     }
 
-    pub(super) fn node(&self, node: &NodeName) -> Option<Arc<NodeView>> {
+    pub(super) fn node(&self, node: &NodeName) -> Option<Arc<NodeLive>> {
         let cell = read(&self.cells).get(node).cloned()?;
         let live = cell.live.borrow();
         live.node.clone()
+    }
+
+    pub(super) fn listed(&self) -> watch::Receiver<bool> {
+        self.listed.subscribe()
     }
 
     pub(super) fn pod(&self, uid: &str) -> Option<Arc<PodView>> {
@@ -225,6 +232,9 @@ impl Published {
         self.feeds.pods.set(marks.pods);
         self.feeds.nodes.set(marks.nodes);
         self.feeds.services.set(marks.services);
+        let all = marks.pods > 0 && marks.nodes > 0 && marks.services > 0;
+        self.listed
+            .send_if_modified(|listed| all && !std::mem::replace(listed, true));
     }
 
     /// Forgets nodes that are no edge's any more and that nobody follows.

@@ -194,6 +194,7 @@ async fn a_server_that_fails_restarts_and_forgets_loses_nothing() {
     server.put("secrets", secret("s", "MQ=="));
     let running = Running::start(server.clone(), &["a"]);
     running.wait("a", has_pod("u")).await;
+    running.handle.listed().await;
     server.wait_for_watches("secrets", 1).await;
 
     server.hang_up();
@@ -340,7 +341,7 @@ async fn the_live_status_is_there_for_who_writes_it_and_wakes_no_session() {
     server.put("pods", pod("u", "a", &[]));
     let running = Running::start(server.clone(), &["a"]);
     running.wait("a", has_pod("u")).await;
-    let mut views = running.handle.live(&node("a"));
+    let mut views = running.handle.pod_views(&node("a"));
     let feed = running.handle.feed(&node("a"));
     let before = feed.snapshot();
 
@@ -351,8 +352,8 @@ async fn the_live_status_is_there_for_who_writes_it_and_wakes_no_session() {
     tokio::time::timeout(Duration::from_secs(20), views.changed())
         .await
         .unwrap();
-    let view = views.snapshot().pods["u"].clone();
-    assert_eq!(view.status_value(), ready["status"]);
+    let view = views.snapshot()["u"].clone();
+    assert_eq!(view.status(), ready["status"]);
     assert_eq!(running.handle.pod("u"), Some(view));
     assert!(Arc::ptr_eq(&before.objects, &feed.snapshot().objects));
 
@@ -365,12 +366,13 @@ async fn the_live_status_is_there_for_who_writes_it_and_wakes_no_session() {
     tokio::time::timeout(Duration::from_secs(20), views.changed())
         .await
         .unwrap();
-    let status = running.handle.node(&node("a")).unwrap().status_value();
+    let live = running.handle.node(&node("a")).unwrap();
+    let status: Value = serde_json::from_slice(&live.status).unwrap();
     assert_eq!(status, named("a")["status"]);
     assert!(running.handle.node(&node("b")).is_none());
     running.edges.send_replace(names(&["a", "b"]));
-    let mut on_b = running.handle.live(&node("b"));
-    while on_b.snapshot().node.is_none() {
+    let mut on_b = running.handle.pod_views(&node("b"));
+    while running.handle.node(&node("b")).is_none() {
         tokio::time::timeout(Duration::from_secs(20), on_b.changed())
             .await
             .unwrap();
@@ -380,7 +382,7 @@ async fn the_live_status_is_there_for_who_writes_it_and_wakes_no_session() {
     tokio::time::timeout(Duration::from_secs(20), views.changed())
         .await
         .unwrap();
-    assert!(views.snapshot().pods.is_empty() && running.handle.pod("u").is_none());
+    assert!(views.snapshot().is_empty() && running.handle.pod("u").is_none());
     running.stop().await;
 }
 

@@ -21,7 +21,7 @@ pub struct PodView {
     pub namespace: Arc<str>,
     pub name: Arc<str>,
     pub uid: Arc<str>,
-    pub resource_version: u64,
+    pub resource_version: Arc<str>,
     pub node: NodeName,
     /// RFC 3339, as the API server wrote it.
     pub deletion_timestamp: Option<Arc<str>>,
@@ -29,8 +29,7 @@ pub struct PodView {
     pub service_account: Arc<str>,
     /// The hash in the annotation of a mirror Pod, by which its static Pod is known.
     pub mirror: Option<Arc<str>>,
-    /// The whole status, JSON.
-    pub status: Arc<[u8]>,
+    status: Arc<[u8]>,
     tolerations: Option<Arc<[u8]>>,
 }
 
@@ -53,7 +52,7 @@ impl PodView {
             namespace: namespace.into(),
             name: name.into(),
             uid: uid.clone(),
-            resource_version,
+            resource_version: resource_version.to_string().into(),
             node: node.clone(),
             deletion_timestamp: text(object, "/metadata/deletionTimestamp").map(Into::into),
             service_account: text(object, "/spec/serviceAccountName")
@@ -67,9 +66,14 @@ impl PodView {
         }
     }
 
-    /// `status`, parsed.
-    pub fn status_value(&self) -> Value {
-        parsed(&self.status)
+    /// The whole status, JSON; an empty object when the Pod has none.
+    pub fn status_bytes(&self) -> Arc<[u8]> {
+        self.status.clone()
+    }
+
+    /// The same, parsed.
+    pub fn status(&self) -> Value {
+        serde_json::from_slice(&self.status).unwrap_or_else(|_| Value::Object(Default::default()))
     }
 
     /// The Pod's tolerations, if one of them ends after some seconds: what autonomy edits.
@@ -80,35 +84,30 @@ impl PodView {
 
 /// The Node of an edge node as the watch saw it last.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NodeView {
+pub struct NodeLive {
     pub uid: Arc<str>,
-    pub resource_version: u64,
+    pub resource_version: Arc<str>,
     /// The whole status, JSON.
     pub status: Arc<[u8]>,
 }
 
-impl NodeView {
+impl NodeLive {
     /// `None` for a Node without a status: the feed takes it from Nodes that are no edge's.
     pub(super) fn of(object: &Value) -> Option<Self> {
         object.get("status")?;
         Some(Self {
             uid: text(object, "/metadata/uid").unwrap_or_default().into(),
-            resource_version: revision(object)?,
+            resource_version: revision(object)?.to_string().into(),
             status: status(object),
         })
-    }
-
-    /// `status`, parsed.
-    pub fn status_value(&self) -> Value {
-        parsed(&self.status)
     }
 }
 
 /// The live state of one node: its Pods by UID, mirror Pods included, and its Node.
 #[derive(Debug, Clone, Default)]
 pub struct Live {
-    pub pods: BTreeMap<Arc<str>, Arc<PodView>>,
-    pub node: Option<Arc<NodeView>>,
+    pub pods: Arc<BTreeMap<Arc<str>, Arc<PodView>>>,
+    pub node: Option<Arc<NodeLive>>,
 }
 
 fn status(object: &Value) -> Arc<[u8]> {
@@ -116,8 +115,4 @@ fn status(object: &Value) -> Arc<[u8]> {
         .get("status")
         .map_or_else(|| "{}".to_owned(), Value::to_string);
     text.into_bytes().into()
-}
-
-fn parsed(status: &[u8]) -> Value {
-    serde_json::from_slice(status).unwrap_or_else(|_| Value::Object(Default::default()))
 }
