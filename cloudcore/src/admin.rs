@@ -94,7 +94,11 @@ type Answer = Result<Response<Full<Bytes>>, std::convert::Infallible>;
 
 async fn answer(shown: Shown, request: Request<Incoming>) -> Answer {
     let (status, kind, body) = if request.method() != Method::GET {
-        (StatusCode::METHOD_NOT_ALLOWED, TEXT, "only GET\n".to_owned())
+        (
+            StatusCode::METHOD_NOT_ALLOWED,
+            TEXT,
+            "only GET\n".to_owned(),
+        )
     } else {
         match request.uri().path() {
             "/healthz" => (StatusCode::OK, TEXT, "ok\n".to_owned()),
@@ -115,7 +119,9 @@ async fn answer(shown: Shown, request: Request<Incoming>) -> Answer {
     };
     let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = status;
-    response.headers_mut().insert(http::header::CONTENT_TYPE, kind);
+    response
+        .headers_mut()
+        .insert(http::header::CONTENT_TYPE, kind);
     Ok(response)
 }
 
@@ -156,9 +162,17 @@ fn session(entry: &SessionEntry) -> serde_json::Value {
 fn metrics(shown: &Shown) -> String {
     let all = shown.registry.all();
     let mut out = String::new();
-    head(&mut out, "cloudcore_sessions", "gauge", "Edges with a session, by transport.");
+    head(
+        &mut out,
+        "cloudcore_sessions",
+        "gauge",
+        "Edges with a session, by transport.",
+    );
     for kind in ["quic", "websocket"] {
-        let count = all.iter().filter(|s| s.transport.to_string() == kind).count();
+        let count = all
+            .iter()
+            .filter(|s| s.transport.to_string() == kind)
+            .count();
         let _ = writeln!(out, "cloudcore_sessions{{transport=\"{kind}\"}} {count}");
     }
     volumes(&mut out, shown, &all);
@@ -169,9 +183,20 @@ fn metrics(shown: &Shown) -> String {
         "Frame bytes of both directions from a Hello until the edge held all it should.",
     );
     let (count, sum) = shown.registry.resumes();
-    let _ = writeln!(out, "cloudcore_resume_bytes_count {count}\ncloudcore_resume_bytes_sum {sum}");
-    head(&mut out, "cloudcore_queued_bytes", "gauge", "Bytes that wait to be written to edges.");
-    let queued: usize = all.iter().map(|s| s.queued_bytes.load(Ordering::Relaxed)).sum();
+    let _ = writeln!(
+        out,
+        "cloudcore_resume_bytes_count {count}\ncloudcore_resume_bytes_sum {sum}"
+    );
+    head(
+        &mut out,
+        "cloudcore_queued_bytes",
+        "gauge",
+        "Bytes that wait to be written to edges.",
+    );
+    let queued: usize = all
+        .iter()
+        .map(|s| s.queued_bytes.load(Ordering::Relaxed))
+        .sum();
     let _ = writeln!(out, "cloudcore_queued_bytes {queued}");
     for (name, help, value) in shown.gauges() {
         head(&mut out, name, "gauge", help);
@@ -191,12 +216,25 @@ fn volumes(out: &mut String, shown: &Shown, all: &[std::sync::Arc<SessionEntry>]
         add(&mut sum, &entry.connection.counters());
     }
     for (name, help, frames) in [
-        ("cloudcore_hub_bytes_total", "Bytes of streams, by direction and class.", false),
-        ("cloudcore_hub_frames_total", "Writes and reads of streams, by direction and class.", true),
+        (
+            "cloudcore_hub_bytes_total",
+            "Bytes of streams, by direction and class.",
+            false,
+        ),
+        (
+            "cloudcore_hub_frames_total",
+            "Writes and reads of streams, by direction and class.",
+            true,
+        ),
     ] {
         head(out, name, "counter", help);
         for (direction, volumes) in [("sent", &sum.sent), ("received", &sum.received)] {
-            for class in [Class::Control, Class::Status, Class::Interactive, Class::Bulk] {
+            for class in [
+                Class::Control,
+                Class::Status,
+                Class::Interactive,
+                Class::Bulk,
+            ] {
                 let volume = volumes[class.index()];
                 let value = if frames { volume.frames } else { volume.bytes };
                 let class = format!("{class:?}").to_lowercase();
@@ -223,12 +261,45 @@ impl Shown {
         let up = self.upstream.metrics();
         let down = self.downstream.metrics();
         vec![
-            ("cloudcore_upstream_waiting", "Objects whose status waits to be written.", up.waiting),
-            ("cloudcore_upstream_writes_total", "Writes to the API server for nodes.", up.writes),
+            (
+                "cloudcore_upstream_waiting",
+                "Objects whose status waits to be written.",
+                up.waiting,
+            ),
+            (
+                "cloudcore_upstream_in_flight",
+                "Writes to the API server under way.",
+                up.in_flight,
+            ),
+            (
+                "cloudcore_upstream_patches",
+                "Statuses written since the start.",
+                up.patches,
+            ),
+            (
+                "cloudcore_upstream_deletes",
+                "Pods deleted since the start.",
+                up.deletes,
+            ),
+            (
+                "cloudcore_upstream_retries",
+                "Writes tried again since the start.",
+                up.retries,
+            ),
+            (
+                "cloudcore_tokens_given",
+                "ServiceAccount tokens given since the start.",
+                up.tokens_given,
+            ),
+            (
+                "cloudcore_pods",
+                "Pods of edge nodes that are held.",
+                down.pods.get(),
+            ),
             (
                 "cloudcore_watched_references",
                 "ConfigMaps and Secrets that are watched.",
-                down.references.load(Ordering::Relaxed),
+                down.references.get(),
             ),
         ]
     }

@@ -41,7 +41,7 @@ use crate::kube::{Access, KubeClients, KubeError};
 use crate::nodes::claim::Claims;
 use crate::nodes::keeper;
 use crate::nodes::tolerations::Tolerations;
-use crate::upstream::{self, KubeWriter, WallClock};
+use crate::upstream::{self, KubeWriter};
 use crate::views::{self, LiveState};
 
 /// A server certificate outlives every process: it is made at each start.
@@ -83,18 +83,21 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let (upstream, upstream_task) = upstream::build(
         &upstream::Config::default(),
         upstream::Deps {
-            writer: Arc::new(KubeWriter::new(views::writer_clients(&kube))),
+            writer: Arc::new(KubeWriter::new(kube.own(), KubeClients::mark_as_node)),
             pods: Arc::new(LiveState(downstream.clone())),
             nodes: Arc::new(LiveState(downstream.clone())),
             endpoints: None,
-            clock: WallClock::default(),
+            clock: Arc::new(jiff::Timestamp::now),
         },
     );
 
     let tls = server_tls(&authority)?;
     let listening = ListenConfig {
         address: config.listen,
-        link: LinkConfig { dead_after: config.dead_after, ..LinkConfig::default() },
+        link: LinkConfig {
+            dead_after: config.dead_after,
+            ..LinkConfig::default()
+        },
         limits: Limits::default(),
     };
     let (listener, listen_task) = listen::bind(listening, tls).await?;
@@ -180,18 +183,28 @@ async fn environment(
     let cluster_ip = async |namespace: &str, name: &str| -> Result<Option<Service>, KubeError> {
         let services: Api<Service> = Api::namespaced(kube.own(), namespace);
         let found = services.get_opt(name).await;
-        found.map_err(KubeError::api(format!("reading Service {namespace}/{name}")))
+        found.map_err(KubeError::api(format!(
+            "reading Service {namespace}/{name}"
+        )))
     };
-    let api = cluster_ip("default", "kubernetes").await?.and_then(|s| s.spec);
+    let api = cluster_ip("default", "kubernetes")
+        .await?
+        .and_then(|s| s.spec);
     let api = api.context("Service default/kubernetes is missing: is this a whole cluster?")?;
     let dns = match config.cluster_dns {
         Some(ip) => Some(ip.to_string()),
-        None => cluster_ip("kube-system", "kube-dns").await?.and_then(|s| s.spec?.cluster_ip),
+        None => cluster_ip("kube-system", "kube-dns")
+            .await?
+            .and_then(|s| s.spec?.cluster_ip),
     };
     if dns.is_none() {
         warn!("the cluster has no Service kube-system/kube-dns: Pods get their device's resolvers");
     }
-    let port = api.ports.as_ref().and_then(|p| p.first()).map_or(443, |p| p.port);
+    let port = api
+        .ports
+        .as_ref()
+        .and_then(|p| p.first())
+        .map_or(443, |p| p.port);
     Ok(proto::NodeEnvironment {
         cluster_dns: dns.unwrap_or_default(),
         cluster_domain: config.cluster_domain.clone(),
@@ -210,8 +223,13 @@ fn server_tls(authority: &Authority) -> anyhow::Result<ServerTls> {
             Duration::from_secs(now.as_secs()) + SERVER_CERTIFICATE,
         ),
     };
-    let credentials = authority.ca.issue_server(&authority.cluster, validity)?;
-    Ok(ServerTls::new(&credentials, &[authority.ca.certificate().clone()])?)
+    let credentials = authority
+        .ca
+        .issue_server(&authority.cluster, validity, &[])?;
+    Ok(ServerTls::new(
+        &credentials,
+        &[authority.ca.certificate().clone()],
+    )?)
 }
 
 /// This CloudCore's name among its peers: the Pod's in a cluster, else the machine's and process's.

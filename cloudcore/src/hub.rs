@@ -106,7 +106,10 @@ impl HubDeps {
     ) -> Answer {
         let id = request.id;
         let respond = move |body| {
-            Answered::Response(Box::new(proto::Response { id, body: Some(body) }))
+            Answered::Response(Box::new(proto::Response {
+                id,
+                body: Some(body),
+            }))
         };
         match request.body {
             Some(proto::request::Body::Token(ask)) => {
@@ -115,7 +118,11 @@ impl HubDeps {
             }
             Some(proto::request::Body::Renew(ask)) => {
                 let deps = self.clone();
-                let certificate = entry.connection.peer_certificates().first().map(|c| c.to_vec());
+                let certificate = entry
+                    .connection
+                    .peer_certificates()
+                    .first()
+                    .map(|c| c.to_vec());
                 Box::pin(async move {
                     respond(deps.renew(&certificate.unwrap_or_default(), &ask.csr).await)
                 })
@@ -131,18 +138,21 @@ impl HubDeps {
 
     async fn renew(&self, certificate: &[u8], csr: &[u8]) -> proto::response::Body {
         let renewed = match common::pki::NodeIdentity::from_certificate(certificate) {
-            Ok(identity) => {
-                self.enroller.renew(&identity, csr).await.map_err(|e| chain(&e))
-            }
+            Ok(identity) => self
+                .enroller
+                .renew(&identity, csr)
+                .await
+                .map_err(|e| chain(&e)),
             Err(error) => Err(error.to_string()),
         };
         match renewed {
             Ok(certificates) => proto::response::Body::Renew(proto::RenewGiven {
                 chain: certificates.iter().map(|c| c.to_vec()).collect(),
             }),
-            Err(message) => {
-                proto::response::Body::Failure(proto::Failure { message, retry: true })
-            }
+            Err(message) => proto::response::Body::Failure(proto::Failure {
+                message,
+                retry: true,
+            }),
         }
     }
 }
@@ -222,7 +232,9 @@ async fn join(stream: JoinStream, deps: Arc<HubDeps>) {
         Ok(joined) => proto::join_answer::Answer::Joined(joined),
         Err(refused) => proto::join_answer::Answer::Refused(refused),
     };
-    let answer = proto::JoinAnswer { answer: Some(answer) };
+    let answer = proto::JoinAnswer {
+        answer: Some(answer),
+    };
     if let Err(error) = stream.answer(&answer).await {
         info!(%peer, error = %chain(&error), "a device did not take its answer; it may ask again");
     }

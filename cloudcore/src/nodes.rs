@@ -13,6 +13,7 @@
 
 pub mod birth;
 pub mod claim;
+pub mod event;
 pub mod keeper;
 pub mod tolerations;
 

@@ -172,7 +172,7 @@ impl NodeUpstream {
 
     /// Takes the Node's report: the JSON of `NodeStatus`.
     pub fn node_report(&self, sequence: u64, status: Arc<[u8]>) -> Result<(), ReportError> {
-        let key = reports::node_key(&self.node);
+        let key = reports::node_key();
         reports::checked(&key, &status)?;
         self.shared
             .accept(&self.node, self.session, &key, (sequence, status, false))

@@ -69,3 +69,92 @@ impl NodeViews for LiveState {
         })
     }
 }
+
+/// Follows the watches and passes on what they show.
+pub struct Watchers {
+    pub downstream: Downstream,
+    pub upstream: Upstream,
+    pub names: watch::Receiver<Arc<BTreeSet<NodeName>>>,
+    pub edge_nodes: EdgeNodes,
+    pub tolerations: Tolerations,
+    pub ready: watch::Sender<bool>,
+    pub kube: KubeClients,
+    pub malformed: mpsc::Receiver<Malformed>,
+}
+
+impl Watchers {
+    /// Until shutdown: one small follower for each enrolled node.
+    pub async fn run(mut self, shutdown: CancellationToken) {
+        let mut followers: BTreeMap<NodeName, JoinHandle<()>> = BTreeMap::new();
+        loop {
+            let names = self.names.borrow_and_update().clone();
+            followers.retain(|node, follower| {
+                let stays = names.contains(node);
+                if !stays {
+                    follower.abort();
+                }
+                stays
+            });
+            for node in names.iter() {
+                if !followers.contains_key(node) {
+                    followers.insert(node.clone(), tokio::spawn(self.follower(node.clone())));
+                }
+            }
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => break,
+                changed = self.names.changed() => if changed.is_err() { break },
+                () = self.downstream.listed(), if !*self.ready.borrow() => {
+                    self.ready.send_replace(true);
+                }
+                Some(malformed) = self.malformed.recv() => self.tell(malformed).await,
+            }
+        }
+        followers.into_values().for_each(|f| f.abort());
+    }
+
+    fn follower(&self, node: NodeName) -> impl Future<Output = ()> + Send + 'static {
+        let mut views = self.downstream.pod_views(&node);
+        let (upstream, edge_nodes) = (self.upstream.clone(), self.edge_nodes.clone());
+        let tolerations = self.tolerations.clone();
+        async move {
+            loop {
+                if edge_nodes.is_autonomous(&node) {
+                    views
+                        .snapshot()
+                        .values()
+                        .for_each(|pod| outlive(&tolerations, pod));
+                }
+                upstream.changed(&node);
+                views.changed().await;
+            }
+        }
+    }
+
+    async fn tell(&self, malformed: Malformed) {
+        let key = ObjectKey::named(malformed.kind, &malformed.namespace, &malformed.name);
+        tracing::warn!(%key, problem = malformed.message, "an object cannot be used");
+        crate::nodes::event::warn(&self.kube.own(), &malformed).await;
+    }
+}
+
+/// Lets the Pod outlive its node's absence.
+fn outlive(tolerations: &Tolerations, pod: &downstream::PodView) {
+    let Some(ending) = pod.ending_tolerations() else {
+        return;
+    };
+    let object = serde_json::json!({
+        "metadata": {
+            "name": &*pod.name,
+            "namespace": &*pod.namespace,
+            "uid": &*pod.uid,
+            "resourceVersion": &*pod.resource_version,
+            "deletionTimestamp": pod.deletion_timestamp.as_deref(),
+        },
+        "spec": {"nodeName": pod.node.as_str(), "tolerations": ending, "containers": []},
+    });
+    match serde_json::from_value(object) {
+        Ok(pod) => tolerations.observe(&pod),
+        Err(error) => tracing::warn!(pod = &*pod.name, %error, "tolerations that cannot be read"),
+    }
+}

@@ -22,6 +22,7 @@
 pub mod delta;
 pub mod dial;
 pub mod frame;
+pub mod fuzz;
 pub mod lanes;
 pub mod listen;
 pub mod mux;

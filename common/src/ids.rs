@@ -151,6 +151,11 @@ impl ObjectKey {
         Self::build(kind, namespace, name, "")
     }
 
+    /// The key of a node's report on itself. It carries no name: who sends it is in the certificate.
+    pub fn own_node() -> Self {
+        Self::build(Kind::Node, "", "", "")
+    }
+
     fn build(kind: Kind, namespace: &str, name: &str, uid: &str) -> Self {
         Self {
             kind,

@@ -91,6 +91,9 @@ fn what_fuzzing_kept_still_passes() {
     replay("frame", bodies::frame);
     replay("message", bodies::message);
     replay("session_ops", bodies::session_ops);
+    replay("mux", common::hub::fuzz::mux);
+    replay("token", common::hub::fuzz::token);
+    replay("join_request", common::hub::fuzz::join_request);
 }
 
 /// Without a fuzzer at hand: each kept input with each byte changed a little.
@@ -100,6 +103,9 @@ fn neighbours_of_what_fuzzing_kept_do_not_panic() {
         ("frame", bodies::frame as fn(&[u8])),
         ("message", bodies::message),
         ("session_ops", bodies::session_ops),
+        ("mux", common::hub::fuzz::mux),
+        ("token", common::hub::fuzz::token),
+        ("join_request", common::hub::fuzz::join_request),
     ] {
         for entry in std::fs::read_dir(root().join("fuzz/corpus").join(target)).unwrap() {
             let bytes = std::fs::read(entry.unwrap().path()).unwrap();

@@ -28,7 +28,7 @@ async fn a_pod_runs_with_an_address_and_a_log_and_leaves_nothing_behind() {
     );
     let key = kept.put(&spec);
     let (report, took) = kept.until("running", &key, |r| phase(r) == "Running").await;
-    println!("create to Running: {took:?}");
+    eprintln!("create to Running: {took:?}");
     let status = &report.status;
     assert_eq!(status["hostIP"], "192.0.2.7");
     assert!(
@@ -52,7 +52,7 @@ async fn a_pod_runs_with_an_address_and_a_log_and_leaves_nothing_behind() {
     spec["metadata"]["deletionGracePeriodSeconds"] = json!(1);
     kept.put(&spec);
     let (report, took) = kept.until("gone", &key, |r| r.gone).await;
-    println!("delete to gone: {took:?}");
+    eprintln!("delete to gone: {took:?}");
     assert_eq!(phase(&report), "Succeeded");
     assert!(took < Duration::from_secs(10));
     let cri = containerd.client();
@@ -69,5 +69,124 @@ async fn a_pod_runs_with_an_address_and_a_log_and_leaves_nothing_behind() {
             .unwrap();
     }
     assert!(!log.exists());
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn containers_outlive_the_agent_and_the_runtime_and_are_not_restarted() {
+    rig::log();
+    let mut containerd = Containerd::start();
+    let kept = Kept::new();
+    let agent = Agent::start(containerd.client(), &containerd.dir, &kept);
+    let key = kept.put(&pod(
+        "web",
+        "22222222-aaaa",
+        "trap 'exit 0' TERM; sleep 1000 & wait",
+    ));
+    let (before, _) = kept.until("running", &key, |r| phase(r) == "Running").await;
+    agent.stop().await;
+
+    let agent = Agent::start(containerd.client(), &containerd.dir, &kept);
+    let mut runtime = agent.handle.runtime.clone();
+    runtime.wait_for(|r| r.ready).await.unwrap();
+    containerd.kill();
+    // At rest nobody asks for half a minute: the Pod's own questions find out at once.
+    kept.put(&pod("other", "22222222-bbbb", "sleep 1000"));
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    containerd.restart();
+    let other = common::ids::ObjectKey::pod("default", "other", "22222222-bbbb");
+    kept.until("the second runs", &other, |r| phase(r) == "Running")
+        .await;
+    let after = kept.reports.pod(&key).unwrap();
+    assert_eq!(after, before, "neither its container nor a time changed");
+
+    for key in [key, other] {
+        kept.remove(&key);
+    }
+    kept.until_empty().await;
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn init_containers_environment_files_and_last_words_are_real() {
+    rig::log();
+    let containerd = Containerd::start();
+    let kept = Kept::new();
+    let agent = Agent::start(containerd.client(), &containerd.dir, &kept);
+    let settings =
+        common::ids::ObjectKey::named(common::ids::Kind::ConfigMap, "default", "settings");
+    kept.put_object(settings.clone(), &json!({"data": {"greeting": "hello"}}));
+    let mut spec = pod(
+        "job",
+        "33333333-aaaa",
+        "test -e /share/made && test \"$GREETING\" = hello && cat /settings/greeting \
+         && grep -q $(MY_NAME) /etc/hosts \
+         && echo done by $(MY_NAME) > /dev/termination-log",
+    );
+    spec["spec"]["restartPolicy"] = json!("Never");
+    spec["spec"]["volumes"] = json!([
+        {"name": "share", "emptyDir": {}},
+        {"name": "settings", "configMap": {"name": "settings"}}
+    ]);
+    let mounts = json!([
+        {"name": "share", "mountPath": "/share"},
+        {"name": "settings", "mountPath": "/settings"}
+    ]);
+    spec["spec"]["initContainers"] = json!([{
+        "name": "prepare", "image": rig::IMAGE, "imagePullPolicy": "Never",
+        "command": ["/bin/touch", "/share/made"], "volumeMounts": [{"name": "share", "mountPath": "/share"}]
+    }]);
+    spec["spec"]["containers"][0]["volumeMounts"] = mounts;
+    spec["spec"]["containers"][0]["env"] = json!([
+        {"name": "MY_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
+        {"name": "GREETING", "valueFrom": {"configMapKeyRef": {"name": "settings", "key": "greeting"}}}
+    ]);
+    let key = kept.put(&spec);
+    let ended =
+        |r: &edgecore::store::reports::PodReport| ["Succeeded", "Failed"].contains(&phase(r));
+    let (report, _) = kept.until("ended", &key, ended).await;
+    let status = &report.status;
+    assert_eq!(phase(&report), "Succeeded", "{status:#}");
+    assert_eq!(status["initContainerStatuses"][0]["ready"], true);
+    let end = &status["containerStatuses"][0]["state"]["terminated"];
+    assert_eq!(end["message"], "done by job\n");
+    assert_eq!(end["reason"], "Completed");
+    kept.remove(&key);
+    kept.until_empty().await;
+
+    // A ConfigMap's change reaches the file in a container that runs.
+    let mut spec = pod(
+        "web",
+        "33333333-bbbb",
+        "trap 'exit 0' TERM; sleep 1000 & wait",
+    );
+    spec["spec"]["volumes"] = json!([{"name": "settings", "configMap": {"name": "settings"}}]);
+    spec["spec"]["containers"][0]["volumeMounts"] =
+        json!([{"name": "settings", "mountPath": "/settings"}]);
+    let key = kept.put(&spec);
+    let (report, _) = kept.until("running", &key, |r| phase(r) == "Running").await;
+    let id = report.status["containerStatuses"][0]["containerID"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let id = id.trim_start_matches("containerd://");
+    kept.put_object(settings, &json!({"data": {"greeting": "changed"}}));
+    let cri = containerd.client();
+    let began = std::time::Instant::now();
+    loop {
+        let command = ["/bin/cat", "/settings/greeting"]
+            .map(str::to_owned)
+            .to_vec();
+        let answer = cri
+            .exec_sync(id, command, Duration::from_secs(10))
+            .await
+            .unwrap();
+        if answer.stdout == b"changed" {
+            break;
+        }
+        assert!(began.elapsed() < Duration::from_secs(10), "{answer:?}");
+    }
+    kept.remove(&key);
+    kept.until_empty().await;
     agent.stop().await;
 }

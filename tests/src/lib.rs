@@ -15,6 +15,7 @@
 //! Needs root. Blocking code throughout: tests are threads, and a test reads best from the top.
 
 pub mod bed;
+pub mod bench;
 pub mod cloud;
 pub mod cluster;
 pub mod containerd;
@@ -27,5 +28,6 @@ pub mod peer;
 pub mod pki;
 pub mod programs;
 pub mod quickstart;
+pub mod relay;
 pub mod wait;
 pub mod world;

@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use testbed::cluster::Options;
 use testbed::holder::{self, MachineSpec};
 use testbed::programs::{K8S_1_33, K8S_1_37, Release};
-use testbed::{bed, quickstart};
+use testbed::{bed, bench, quickstart};
 
 #[derive(Parser)]
 #[command(about = "A real control plane and real edge machines on one computer")]
@@ -32,6 +32,8 @@ enum Word {
     Up(Place),
     /// Remove everything that `up` made.
     Down(Place),
+    /// Measure what the specification promises, beside a stock kubelet in the same run.
+    Bench(bench::Flags),
     #[command(hide = true)]
     Guard {
         #[arg(long)]
@@ -126,6 +128,7 @@ fn run(word: Word) -> Result<i32> {
         Word::Build { k8s, peers } => quickstart::build(Options::new(k8s.release()), peers)?,
         Word::Up(place) => quickstart::up(&place.state, &place.example)?,
         Word::Down(place) => quickstart::down(&place.state, &place.example)?,
+        Word::Bench(flags) => return bench::run(&flags),
         Word::Guard { number, state } => bed::guard(number, &state)?,
         Word::Hold { network: true, .. } => holder::hold_network()?,
         Word::Hold { machine, .. } => holder::hold_machine(&machine.into())?,

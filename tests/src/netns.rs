@@ -151,6 +151,9 @@ impl Backbone {
             "-A FORWARD -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT",
             "-P FORWARD DROP",
             "-t nat -A POSTROUTING -o wan -j MASQUERADE",
+            // Without a target they only count: see `Machine::forwarded`.
+            "-t mangle -A POSTROUTING -o wan",
+            "-t mangle -A POSTROUTING -o lan",
         ] {
             router.iptables(rule)?;
         }
@@ -313,6 +316,30 @@ impl Machine {
             down: numbers[0],
         })
     }
+
+    /// Bytes of IP packets that the router let through so far, their headers included: what a
+    /// metered link is billed by. Packets that a fault swallowed are not in it, nor is what the
+    /// Ethernet on both sides adds (its headers, ARP).
+    pub fn forwarded(&self) -> Result<Traffic> {
+        let words = ["-w", "-t", "mangle", "-L", "POSTROUTING", "-v", "-x", "-n"];
+        counted(&run(self.router.command("iptables").args(words))?)
+    }
+}
+
+/// Reads `iptables -L -v -x`: the byte counts of the rules for each outgoing interface.
+fn counted(table: &str) -> Result<Traffic> {
+    let bytes = |interface: &str| {
+        let mut rows = table
+            .lines()
+            .map(|line| line.split_whitespace().collect::<Vec<_>>());
+        rows.find(|row| row.contains(&interface))
+            .and_then(|row| row.get(1)?.parse().ok())
+            .with_context(|| format!("no counter for {interface} in {table:?}"))
+    };
+    Ok(Traffic {
+        up: bytes("wan")?,
+        down: bytes("lan")?,
+    })
 }
 
 /// A program inside a machine.
@@ -354,4 +381,20 @@ impl Inside {
 
 fn host_ip(words: &str) -> Result<()> {
     run(Command::new("ip").args(words.split_whitespace())).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rules_are_told_apart_by_their_outgoing_interface() {
+        let table = "Chain POSTROUTING (policy ACCEPT 9 packets, 99 bytes)\n\
+            pkts bytes target prot opt in out source destination\n\
+            3 180 all -- * wan 0.0.0.0/0 0.0.0.0/0\n\
+            2 1200 all -- * lan 0.0.0.0/0 0.0.0.0/0\n";
+        let found = counted(table).expect("both are there");
+        assert_eq!((found.up, found.down), (180, 1200));
+        assert!(counted("").is_err());
+    }
 }

@@ -41,7 +41,12 @@ impl SessionEntry {
     pub fn in_sync(&self, now_ms: u64) -> Option<u64> {
         let first = self.in_sync.swap(now_ms, Ordering::Relaxed) == 0;
         let counters = self.connection.counters();
-        let bytes = counters.sent.iter().chain(&counters.received).map(|v| v.bytes).sum();
+        let bytes = counters
+            .sent
+            .iter()
+            .chain(&counters.received)
+            .map(|v| v.bytes)
+            .sum();
         if first {
             self.resume_bytes.store(bytes, Ordering::Relaxed);
         }
@@ -82,7 +87,12 @@ impl Registry {
     }
 
     /// Enters a session; an older one of the same node is told to end.
-    pub fn enter(&self, node: NodeName, connection: Connection, since_ms: u64) -> Arc<SessionEntry> {
+    pub fn enter(
+        &self,
+        node: NodeName,
+        connection: Connection,
+        since_ms: u64,
+    ) -> Arc<SessionEntry> {
         let entry = Arc::new(SessionEntry {
             id: self.next.fetch_add(1, Ordering::Relaxed),
             node: node.clone(),
@@ -127,7 +137,10 @@ impl Registry {
 
     /// How many resumes there were, and their bytes.
     pub fn resumes(&self) -> (u64, u64) {
-        (self.resumes.0.load(Ordering::Relaxed), self.resumes.1.load(Ordering::Relaxed))
+        (
+            self.resumes.0.load(Ordering::Relaxed),
+            self.resumes.1.load(Ordering::Relaxed),
+        )
     }
 
     /// What sessions that ended carried.
@@ -137,8 +150,13 @@ impl Registry {
 
     /// Remembers the node's store incarnation; true when it is another than before.
     pub fn is_new_incarnation(&self, node: &NodeName, incarnation: [u8; 16]) -> bool {
-        let mut known = self.incarnations.lock().unwrap_or_else(PoisonError::into_inner);
-        known.insert(node.clone(), incarnation).is_some_and(|old| old != incarnation)
+        let mut known = self
+            .incarnations
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        known
+            .insert(node.clone(), incarnation)
+            .is_some_and(|old| old != incarnation)
     }
 
     pub fn get(&self, node: &NodeName) -> Option<Arc<SessionEntry>> {

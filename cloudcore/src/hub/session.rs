@@ -21,6 +21,7 @@ use common::ids::{Kind, NodeName, ObjectKey};
 use common::pki::NodeIdentity;
 use common::telemetry::chain;
 use futures::stream::{FuturesUnordered, StreamExt};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
@@ -52,7 +53,7 @@ pub enum SessionError {
     #[error("the certificate does not name a node")]
     Identity(#[from] common::pki::PkiError),
     #[error("the node may not have a session")]
-    NotAllowed(#[from] crate::enroll::NotAllowed),
+    NotAllowed(#[from] crate::enroll::cache::NotAllowed),
     #[error("the link failed")]
     Lanes(#[from] LaneError),
     #[error("the edge broke the protocol")]
@@ -102,7 +103,9 @@ async fn admitted(
         say_goodbye(&lanes, GoAwayReason::GoAwayRevoked, refusal.to_string()).await;
         return Err(refusal.into());
     }
-    let entry = deps.registry.enter(identity.node.clone(), connection.clone(), now_ms());
+    let entry = deps
+        .registry
+        .enter(identity.node.clone(), connection.clone(), now_ms());
     let result = begun(&mut lanes, identity, deps, &entry, shutdown).await;
     deps.registry.leave(&entry);
     result
@@ -122,7 +125,10 @@ async fn begun(
     let claim = deps.claims.claim(&identity.node).await?;
     let claim = Arc::new(claim);
     entry.epoch.store(claim.epoch(), Ordering::Relaxed);
-    deps.enroller.first_session(identity).await;
+    if let Err(error) = deps.enroller.first_session(identity).await {
+        // The older key stays valid a little longer.
+        warn!(error = %chain(&error), "the first session of a certificate was not recorded");
+    }
     let upstream = deps.upstream.node(identity.node.clone(), claim.clone());
     let feed = deps.downstream.feed(&identity.node);
     let mut actor = Actor {
@@ -130,6 +136,7 @@ async fn begun(
         snapshot: feed.snapshot(),
         feed,
         epoch: *deps.epoch.borrow(),
+        incarnation: [0; 16],
         session: CloudSession::default(),
         lanes,
         upstream,
@@ -148,6 +155,7 @@ struct Actor<'a> {
     feed: NodeFeed,
     snapshot: NodeSnapshot,
     epoch: [u8; 16],
+    incarnation: [u8; 16],
     session: CloudSession,
     lanes: &'a mut Lanes,
     upstream: NodeUpstream,
@@ -163,7 +171,11 @@ struct Actor<'a> {
 pub enum Answered {
     Events(u64),
     Response(Box<proto::Response>),
-    Listed { committed: Marks, marks: Option<Marks>, epoch: [u8; 16] },
+    Listed {
+        committed: Marks,
+        marks: Option<Marks>,
+        epoch: [u8; 16],
+    },
 }
 
 impl Actor<'_> {
@@ -180,11 +192,7 @@ impl Actor<'_> {
                         .await;
                     return Ok(());
                 }
-                Ok(told) = ending.wait_for(Option::is_some) => {
-                    let Ending { reason, message } = told.clone().unwrap_or_else(|| Ending {
-                        reason: GoAwayReason::GoAwayUnspecified,
-                        message: String::new(),
-                    });
+                Ending { reason, message } = told(&mut ending) => {
                     self.say(reason, &message, 0).await;
                     return Err(SessionError::Ended(message));
                 }
@@ -201,7 +209,7 @@ impl Actor<'_> {
                     self.answered(answered);
                 }
                 acked = self.upstream.acked() => {
-                    let acks = acked.into_iter().map(|a| (a.key, a.seq, false));
+                    let acks = acked.into_iter().map(|a| (a.key, a.sequence, false));
                     self.session.ack_reports(acks);
                 }
                 () = self.feed.changed() => {
@@ -222,6 +230,7 @@ impl Actor<'_> {
             snapshot: &self.snapshot,
             epoch: self.epoch,
             upstream: &self.upstream,
+            incarnation: self.incarnation,
         };
         act(&mut self.session, &view)
     }
@@ -238,7 +247,9 @@ impl Actor<'_> {
         while let Some((lane, message)) = self.session.poll_message() {
             self.lanes.send(lane, &message)?;
         }
-        self.entry.queued_bytes.store(self.lanes.queued(), Ordering::Relaxed);
+        self.entry
+            .queued_bytes
+            .store(self.lanes.queued(), Ordering::Relaxed);
         Ok(())
     }
 
@@ -246,10 +257,22 @@ impl Actor<'_> {
         match event {
             CloudEvent::Greeted(hello) => {
                 let version = &self.entry.agent_version;
-                *version.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
+                *version
+                    .lock()
+                    .unwrap_or_else(std::sync::PoisonError::into_inner) =
                     hello.agent_version.chars().take(64).collect();
-                self.upstream.incarnation(self.session.incarnation());
-                let welcome = self.deps.welcome(&hello, self.claim.epoch(), self.epoch, now_ms());
+                let incarnation = self.session.incarnation();
+                if self
+                    .deps
+                    .registry
+                    .is_new_incarnation(&self.node, incarnation)
+                {
+                    self.upstream.forget();
+                }
+                self.incarnation = incarnation;
+                let welcome = self
+                    .deps
+                    .welcome(&hello, self.claim.epoch(), self.epoch, now_ms());
                 self.session.welcome(welcome);
             }
             CloudEvent::Live => info!(epoch = self.claim.epoch(), "the session is live"),
@@ -259,35 +282,52 @@ impl Actor<'_> {
                 self.retry = Some(tokio::time::Instant::now() + COMMIT_AGAIN);
             }
             CloudEvent::InSync => {
-                self.entry.in_sync.store(now_ms(), Ordering::Relaxed);
+                if let Some(bytes) = self.entry.in_sync(now_ms()) {
+                    self.deps.registry.resumed(bytes);
+                }
             }
-            CloudEvent::Report { key, sequence, bytes, gone } => {
+            CloudEvent::Report {
+                key,
+                sequence,
+                bytes,
+                gone,
+            } => {
                 self.report(key, sequence, bytes, gone);
             }
             CloudEvent::Events(events) => {
                 let done = self.upstream.events(events);
-                self.answers.push(Box::pin(async move { Answered::Events(done.await) }));
+                self.answers
+                    .push(Box::pin(async move { Answered::Events(done.await) }));
             }
             CloudEvent::Asked(request) => {
-                let answer = self.deps.answer(&self.node, &self.upstream, self.entry, request);
+                let answer = self.deps.answer(&self.upstream, self.entry, request);
                 self.answers.push(answer);
             }
         }
     }
 
     fn report(&mut self, key: ObjectKey, sequence: u64, bytes: Arc<[u8]>, gone: bool) {
-        match key.kind {
-            Kind::Pod => self.upstream.pod_report(key, sequence, bytes, gone),
+        let taken = match key.kind {
+            Kind::Pod => self.upstream.pod_report(&key, sequence, bytes, gone),
             Kind::Node => self.upstream.node_report(sequence, bytes),
+            // A kind of a later version.
             Kind::ConfigMap | Kind::Secret | Kind::Services | Kind::Unknown(_) => {
-                // A kind of a later version: acknowledged, or it would come again for ever.
                 self.session.ack_reports([(key, sequence, false)]);
+                return;
             }
+        };
+        if let Err(error) = taken {
+            // Acknowledged, or it would come again for ever.
+            warn!(%key, error = %chain(&error), "a report was refused");
+            self.session.ack_reports([(key, sequence, false)]);
         }
     }
 
     fn list_again(&mut self, committed: Marks) {
-        info!(?committed, "the edge has seen more than this replica; listing again");
+        info!(
+            ?committed,
+            "the edge has seen more than this replica; listing again"
+        );
         let (downstream, node) = (self.deps.downstream.clone(), self.node.clone());
         let deps = self.deps.clone();
         let epoch = self.epoch;
@@ -296,7 +336,11 @@ impl Actor<'_> {
                 Ok(marks) => marks,
                 Err(error) => {
                     warn!(error = %chain(&error), "the API server could not be listed");
-                    return Answered::Listed { committed, marks: None, epoch };
+                    return Answered::Listed {
+                        committed,
+                        marks: None,
+                        epoch,
+                    };
                 }
             };
             let epoch = if behind(&marks, &committed).is_some() {
@@ -304,7 +348,11 @@ impl Actor<'_> {
             } else {
                 epoch
             };
-            Answered::Listed { committed, marks: Some(marks), epoch }
+            Answered::Listed {
+                committed,
+                marks: Some(marks),
+                epoch,
+            }
         }));
     }
 
@@ -312,16 +360,28 @@ impl Actor<'_> {
         match answered {
             Answered::Events(sequence) => self.session.ack_events(sequence),
             Answered::Response(response) => self.session.respond(*response),
-            Answered::Listed { committed, marks: None, .. } => {
+            Answered::Listed {
+                committed,
+                marks: None,
+                ..
+            } => {
                 let (downstream, node) = (self.deps.downstream.clone(), self.node.clone());
                 let epoch = self.epoch;
                 self.answers.push(Box::pin(async move {
                     tokio::time::sleep(LIST_AGAIN).await;
                     let marks = downstream.consistent(&node).await.ok();
-                    Answered::Listed { committed, marks, epoch }
+                    Answered::Listed {
+                        committed,
+                        marks,
+                        epoch,
+                    }
                 }));
             }
-            Answered::Listed { marks: Some(_), epoch, .. } => {
+            Answered::Listed {
+                marks: Some(_),
+                epoch,
+                ..
+            } => {
                 self.epoch = epoch;
                 self.snapshot = self.feed.snapshot();
                 self.with_view(|session, view| session.listed(view));
@@ -349,12 +409,30 @@ async fn settle() {
 }
 
 async fn say_goodbye(lanes: &Lanes, reason: GoAwayReason, message: String) {
-    let mut go = proto::GoAway { message, ..Default::default() };
+    let mut go = proto::GoAway {
+        message,
+        ..Default::default()
+    };
     go.set_reason(reason);
-    let message = proto::Message { body: Some(proto::message::Body::GoAway(go)) };
+    let message = proto::Message {
+        body: Some(proto::message::Body::GoAway(go)),
+    };
     // The peer may be gone already.
     let _ = lanes.send(common::hub::Lane::Control, &message);
     settle().await;
+}
+
+/// Waits until somebody asks the session to end; for ever when nobody can any more.
+async fn told(ending: &mut watch::Receiver<Option<Ending>>) -> Ending {
+    let told = ending
+        .wait_for(Option::is_some)
+        .await
+        .ok()
+        .and_then(|e| e.clone());
+    match told {
+        Some(ending) => ending,
+        None => std::future::pending().await,
+    }
 }
 
 async fn at(when: Option<tokio::time::Instant>) {

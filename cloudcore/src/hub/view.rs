@@ -37,7 +37,10 @@ impl CloudView for SessionView<'_> {
     }
 
     fn each(&self, visit: &mut dyn FnMut(&ObjectKey, &ContentHash)) {
-        self.snapshot.objects.iter().for_each(|(key, v)| visit(key, &v.object.hash));
+        self.snapshot
+            .objects
+            .iter()
+            .for_each(|(key, v)| visit(key, &v.object.hash));
     }
 
     fn hash(&self, key: &ObjectKey) -> Option<ContentHash> {
@@ -70,8 +73,8 @@ impl CloudView for SessionView<'_> {
         Some(put)
     }
 
-    fn may_remove(&self, _: &ObjectKey) -> bool {
-        self.snapshot.complete
+    fn may_remove(&self, key: &ObjectKey) -> bool {
+        self.snapshot.may_remove(key)
     }
 
     fn complete(&self) -> bool {

@@ -166,8 +166,8 @@ pub(super) fn checked(key: &ObjectKey, status: &[u8]) -> Result<(), ReportError>
 }
 
 /// The key of a Node's own report.
-pub(super) fn node_key(node: &NodeName) -> ObjectKey {
-    ObjectKey::named(Kind::Node, "", node.as_str())
+pub(super) fn node_key() -> ObjectKey {
+    ObjectKey::own_node()
 }
 
 /// Which nodes without a session are forgotten: those that ended before `oldest`, and of the rest

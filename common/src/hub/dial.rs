@@ -402,3 +402,7 @@ async fn ask(
         )),
     }
 }
+
+#[cfg(test)]
+#[path = "dial/tests.rs"]
+mod tests;

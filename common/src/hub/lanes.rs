@@ -70,7 +70,9 @@ impl Lanes {
     pub async fn open(connection: &Connection) -> Result<Self, LaneError> {
         let mut streams = Vec::with_capacity(3);
         for lane in Lane::ALL {
-            let head = proto::StreamHead { kind: lane.stream_kind().into() };
+            let head = proto::StreamHead {
+                kind: lane.stream_kind().into(),
+            };
             streams.push((lane, connection.open(class(lane), &head).await?));
         }
         Ok(Self::over(streams))
@@ -91,7 +93,9 @@ impl Lanes {
             streams.sort_by_key(|(lane, _)| *lane);
             Ok(Self::over(streams))
         };
-        tokio::time::timeout(OPENING, all).await.unwrap_or(Err(LaneError::NotOpened))
+        tokio::time::timeout(OPENING, all)
+            .await
+            .unwrap_or(Err(LaneError::NotOpened))
     }
 
     fn over(streams: Vec<(Lane, (SendStream, RecvStream))>) -> Self {
@@ -112,8 +116,15 @@ impl Lanes {
         for (lane, recv) in readers {
             tasks.spawn(read(recv, lane, received.clone()));
         }
-        let writers = writers.try_into().expect("one stream for each of the three lanes");
-        Self { writers, queued, incoming, _tasks: tasks }
+        let writers = writers
+            .try_into()
+            .expect("one stream for each of the three lanes");
+        Self {
+            writers,
+            queued,
+            incoming,
+            _tasks: tasks,
+        }
     }
 
     /// Queues a message; the lane's writer sends it.
@@ -135,7 +146,10 @@ impl Lanes {
 
     /// The next message of any lane, or why there is none. Cancel safe.
     pub async fn recv(&mut self) -> Received {
-        self.incoming.recv().await.unwrap_or(Err(LaneError::Closed(Lane::Control)))
+        self.incoming
+            .recv()
+            .await
+            .unwrap_or(Err(LaneError::Closed(Lane::Control)))
     }
 }
 

@@ -386,7 +386,8 @@ enum Face {
 pub struct JoinStream {
     request: JoinRequest,
     remote: SocketAddr,
-    stream: tokio_rustls::server::TlsStream<Socket>,
+    /// Boxed: a join waits in the same queue as sessions, which are a few words.
+    stream: Box<tokio_rustls::server::TlsStream<Socket>>,
     pass: Option<Pass>,
 }
 
@@ -400,7 +401,7 @@ impl JoinStream {
         Ok(Self {
             request,
             remote,
-            stream,
+            stream: Box::new(stream),
             pass: None,
         })
     }

@@ -6,6 +6,8 @@ use rustls_pki_types::UnixTime;
 use super::*;
 use crate::pki::{Ca, NodeKey, Validity};
 
+type Change<'a> = &'a dyn Fn(&mut CertificateParams);
+
 const DAY: u64 = 86_400;
 
 fn at(seconds: u64) -> UnixTime {
@@ -87,7 +89,7 @@ fn only_the_exact_form_is_an_identity() {
         );
     }
     let key = KeyPair::generate().expect("key");
-    let build = |change: &dyn Fn(&mut CertificateParams)| {
+    let build = |change: Change<'_>| {
         let mut p = CertificateParams::default();
         p.distinguished_name = rcgen::DistinguishedName::new();
         p.distinguished_name
@@ -113,7 +115,7 @@ fn only_the_exact_form_is_an_identity() {
             p.subject_alt_names = vec![rcgen::SanType::URI(uri)];
         }
     };
-    let table: [(&str, &dyn Fn(&mut CertificateParams)); 8] = [
+    let table: [(&str, Change<'_>); 8] = [
         ("another user", &set_cn("system:admin")),
         ("a bad name", &set_cn("system:node:Shop")),
         ("another name in the URI", &set_uri("edge://c1/shop-8")),

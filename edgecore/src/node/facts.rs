@@ -81,13 +81,18 @@ pub fn observe(data_dir: &Path) -> Facts {
         facts.system_uuid = facts.machine_id.clone();
     }
     if let Ok(disk) = nix::sys::statvfs::statvfs(data_dir) {
-        let unit = u64::from(disk.fragment_size());
-        facts.disk_bytes = u64::from(disk.blocks()) * unit;
-        facts.disk_available_bytes = u64::from(disk.blocks_available()) * unit;
-        facts.disk_inodes = u64::from(disk.files());
-        facts.disk_inodes_available = u64::from(disk.files_available());
+        let unit = wide(disk.fragment_size());
+        facts.disk_bytes = wide(disk.blocks()) * unit;
+        facts.disk_available_bytes = wide(disk.blocks_available()) * unit;
+        facts.disk_inodes = wide(disk.files());
+        facts.disk_inodes_available = wide(disk.files_available());
     }
     facts
+}
+
+/// Counts of blocks are 32 bits wide on 32-bit boards.
+fn wide(count: impl Into<u64>) -> u64 {
+    count.into()
 }
 
 fn read(path: impl AsRef<Path>) -> String {
@@ -164,9 +169,33 @@ pub fn architecture(rust: &str) -> &str {
     }
 }
 
-/// The address that the device would use towards the internet. Nothing is sent: connecting a
-/// datagram socket only looks at the routes. The targets are documentation addresses.
+/// The address that the device would use towards the internet, else the first that is not its
+/// loopback's: a device may start before its link is up.
 fn default_address() -> Option<IpAddr> {
+    routed_address().or_else(first_address)
+}
+
+fn first_address() -> Option<IpAddr> {
+    let all = nix::ifaddrs::getifaddrs().ok()?;
+    let ips = all.filter_map(|i| {
+        let address = i.address?;
+        let four = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
+        four.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))
+    });
+    let link_local = |ip: &IpAddr| match ip {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    };
+    let mut found: Vec<_> = ips
+        .filter(|ip| !ip.is_loopback() && !link_local(ip))
+        .collect();
+    found.sort();
+    found.into_iter().next()
+}
+
+/// Nothing is sent: connecting a datagram socket only looks at the routes. The targets are
+/// documentation addresses.
+fn routed_address() -> Option<IpAddr> {
     let pairs = [("0.0.0.0:0", "192.0.2.1:9"), ("[::]:0", "[2001:db8::1]:9")];
     pairs.iter().find_map(|(from, to)| {
         let (from, to): (SocketAddr, SocketAddr) = (from.parse().ok()?, to.parse().ok()?);

@@ -67,7 +67,9 @@ impl Task {
     }
 
     fn environment(&mut self, facts: &Facts) {
-        let Some(cloud) = self.deps.from_cloud.borrow_and_update().clone() else { return };
+        let Some(cloud) = self.deps.from_cloud.borrow_and_update().clone() else {
+            return;
+        };
         let environment = build_environment(&cloud, facts, &self.deps.config);
         self.deps.environment.send_if_modified(|held| {
             let changed = held.as_ref() != Some(&environment);
@@ -81,19 +83,31 @@ impl Task {
 
     async fn report(&mut self, facts: &Facts) {
         let state = self.deps.runtime.borrow_and_update().clone();
-        let images = if state.ready { self.images().await } else { Vec::new() };
+        let images = if state.ready {
+            self.images().await
+        } else {
+            Vec::new()
+        };
         let runtime = RuntimeState {
             name: state.name,
             version: state.version,
             ready: state.ready,
             network_ready: state.network_ready,
-            problems: if state.message.is_empty() { Vec::new() } else { vec![state.message] },
+            problems: if state.message.is_empty() {
+                Vec::new()
+            } else {
+                vec![state.message]
+            },
             images,
         };
         let now = Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
         let status =
             status::node_status(facts, &runtime, &self.deps.config, self.said.as_ref(), &now);
-        if self.said.as_ref().is_some_and(|said| status::same(said, &status)) {
+        if self
+            .said
+            .as_ref()
+            .is_some_and(|said| status::same(said, &status))
+        {
             return;
         }
         debug!("the node's status changed");
@@ -108,7 +122,13 @@ impl Task {
             .into_iter()
             .map(|i| {
                 let names = i.repo_digests.into_iter().chain(i.repo_tags).collect();
-                (i.id, Image { names, size_bytes: i.size })
+                (
+                    i.id,
+                    Image {
+                        names,
+                        size_bytes: i.size,
+                    },
+                )
             })
             .collect();
         by_id.into_values().collect()
@@ -143,12 +163,21 @@ mod tests {
             api_port: 443,
             ..Default::default()
         };
-        let facts = Facts { cpus: 2, ..Facts::default() };
+        let facts = Facts {
+            cpus: 2,
+            ..Facts::default()
+        };
         let environment = build_environment(&cloud, &facts, &NodeConfig::new("n"));
         assert_eq!(environment.api_service, Some(([10, 96, 0, 1].into(), 443)));
         assert_eq!(environment.cluster_dns, Some([10, 96, 0, 10].into()));
         assert_eq!(environment.allocatable_cpu_millis, 2000);
-        let none = NodeEnvironment { cluster_dns: String::new(), ..cloud };
-        assert_eq!(build_environment(&none, &facts, &NodeConfig::new("n")).cluster_dns, None);
+        let none = NodeEnvironment {
+            cluster_dns: String::new(),
+            ..cloud
+        };
+        assert_eq!(
+            build_environment(&none, &facts, &NodeConfig::new("n")).cluster_dns,
+            None
+        );
     }
 }

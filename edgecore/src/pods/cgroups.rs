@@ -324,6 +324,13 @@ impl Cgroups {
                         "cpu.cfs_quota_us",
                         &unlimited(limits.quota).to_string(),
                     )?;
+                    share_tiers(
+                        &hierarchy,
+                        "cpu.shares",
+                        MIN_SHARES,
+                        all_shares(),
+                        MAX_SHARES,
+                    )?;
                 }
                 "memory" => {
                     set(
@@ -357,6 +364,7 @@ impl Cgroups {
         }
         hand_down(&dir)?;
         set(&dir, "cpu.weight", &weight(limits.shares).to_string())?;
+        share_tiers(&self.root, "cpu.weight", 1, weight(all_shares()), 10_000)?;
         set(
             &dir,
             "cpu.max",
@@ -432,6 +440,29 @@ fn hand_down(dir: &Path) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Divides the CPU between the tiers, which the kernel weighs before the Pods in them: all Pods
+/// together as many as there are CPUs, Burstable ones what they asked for, BestEffort the rest.
+fn share_tiers(cpu: &Path, file: &str, least: i64, all: i64, most: i64) -> io::Result<()> {
+    let kubepods = cpu.join("kubepods");
+    set(&kubepods, file, &all.to_string())?;
+    set(&kubepods.join("besteffort"), file, &least.to_string())?;
+    let burstable = kubepods.join("burstable");
+    let Ok(pods) = fs::read_dir(&burstable) else {
+        return Ok(());
+    };
+    let own = |dir: PathBuf| -> Option<i64> {
+        fs::read_to_string(dir.join(file)).ok()?.trim().parse().ok()
+    };
+    let asked: i64 = pods.flatten().filter_map(|e| own(e.path())).sum();
+    set(&burstable, file, &asked.clamp(least, most).to_string())
+}
+
+/// The shares of all the device's CPUs.
+fn all_shares() -> i64 {
+    let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    shares(i64::try_from(cpus).unwrap_or(1).saturating_mul(1000))
 }
 
 /// Writes a control file if it says something else; a controller that is not there has no files.
@@ -707,6 +738,63 @@ mod tests {
         assert_eq!(read(cpu.join("cpu.cfs_quota_us")), "-1");
         assert_eq!(read(memory.join("memory.limit_in_bytes")), "67108864");
         assert!(!root.path().join("pids").exists());
+    }
+
+    #[test]
+    fn tiers_share_the_cpu_by_what_their_pods_asked_for() {
+        let root = tempfile::tempdir().unwrap();
+        let kubepods = root.path().join("cpu/kubepods");
+        for dir in [
+            "",
+            "burstable",
+            "burstable/poda-b",
+            "burstable/podother",
+            "besteffort",
+        ] {
+            file(&kubepods.join(dir), "cpu.shares", "1024");
+        }
+        let cgroups = Cgroups::at(CgroupDriver::Cgroupfs, root.path().into());
+        let pod = the_pod(json!([resources(json!({"cpu": "250m"}), json!({}))]));
+        cgroups.ensure(&pod).unwrap();
+        let shares = |dir: &str| read(kubepods.join(dir).join("cpu.shares"));
+        assert_eq!(shares("burstable"), (256 + 1024).to_string());
+        assert_eq!(shares("besteffort"), "2");
+        assert_eq!(shares(""), all_shares().to_string());
+        assert_eq!(shares("burstable/podother"), "1024");
+    }
+
+    /// On the device's own tree, whichever version it has.
+    #[test]
+    fn the_kernel_takes_the_limits() {
+        assert!(
+            nix::unistd::geteuid().is_root(),
+            "cgroups are the kernel's: run this test as root, with /sys/fs/cgroup writable"
+        );
+        let uid = format!("test-{}", std::process::id());
+        let container = resources(
+            json!({"cpu": "100m"}),
+            json!({"cpu": "500m", "memory": "64Mi"}),
+        );
+        let pod = pod(json!({"metadata": {"uid": uid}, "spec": {"containers": [container]}}));
+        let cgroups = Cgroups::detect(None);
+        cgroups.ensure(&pod).unwrap();
+        cgroups.ensure(&pod).unwrap();
+        let path = cgroupfs_path(&uid, Qos::Burstable);
+        let (cpu, memory) = match cgroups.version {
+            Version::V1 => ("cpu", "memory/"),
+            Version::Unified => ("", ""),
+        };
+        let cpu = cgroups.root.join(cpu).join(&path);
+        let memory = cgroups.root.join(memory).join(&path);
+        let (quota, limit) = match cgroups.version {
+            Version::V1 => ("cpu.cfs_quota_us", "memory.limit_in_bytes"),
+            Version::Unified => ("cpu.max", "memory.max"),
+        };
+        let (quota, limit) = (read(cpu.join(quota)), read(memory.join(limit)));
+        cgroups.remove(&uid, Qos::Burstable).unwrap();
+        assert!(quota.starts_with("50000"), "{quota}");
+        assert_eq!(limit.trim(), "67108864");
+        assert!(!cpu.exists() && !memory.exists());
     }
 
     #[test]

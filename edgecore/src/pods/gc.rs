@@ -1,7 +1,8 @@
 //! Takes away what belongs to no Pod: sandboxes, directories, logs and grants that an agent which
 //! died, or a cluster that was restored, left behind.
 //!
-//! Never touches a running container before the cloud has said once that the desired set is
+//! Looks only where nobody else writes: the runtime, the agent's own directory and its ledger; log
+//! directories may be another agent's. Never touches a running container before the cloud has said once that the desired set is
 //! complete, and never anything that does not carry the labels of a Pod.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -87,25 +88,7 @@ async fn owners(shared: &Shared) -> BTreeMap<String, Found> {
     for uid in on_disk.chain(shared.ledger.holders()) {
         all.entry(uid).or_default();
     }
-    for uid in logged(shared) {
-        all.entry(uid).or_default();
-    }
     all
-}
-
-/// The UIDs in the names of log directories, `NAMESPACE_NAME_UID`.
-fn logged(shared: &Shared) -> Vec<String> {
-    let entries = std::fs::read_dir(&shared.paths.pod_logs);
-    let names = entries
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|e| e.file_name());
-    let uids = names.filter_map(|n| {
-        let name = n.to_str()?;
-        name.rsplit_once('_').map(|(_, uid)| uid.to_owned())
-    });
-    uids.collect()
 }
 
 async fn remove(shared: &Shared, uid: &str, found: &Found) {

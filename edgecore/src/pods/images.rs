@@ -12,7 +12,7 @@ use common::ids::{Kind, ObjectKey};
 use k8s_openapi::api::core::v1::{Container, Pod, Secret};
 use serde::Deserialize;
 
-use super::plan::Waiting;
+use super::plan::{self, Waiting};
 use super::security::ImageUser;
 use crate::cri::{Cri, CriError, Failure, api, convert};
 use crate::store::desired::{Desired, Lookup};
@@ -353,8 +353,9 @@ fn pull_secrets(ctx: &Context<'_>) -> Vec<Secret> {
 }
 
 fn emit(ctx: &Context<'_>, c: &Container, kind: EventType, reason: &str, message: String) {
-    ctx.events
-        .emit(PodEvent::new(ctx.key, Some(&c.name), kind, reason, message));
+    let mut event = PodEvent::new(ctx.key, Some(&c.name), kind, reason, message);
+    event.field_path = plan::field_path(ctx.pod, &c.name);
+    ctx.events.emit(event);
 }
 
 fn trouble(ctx: &Context<'_>, c: &Container, reason: &str, message: String) -> ImageTrouble {

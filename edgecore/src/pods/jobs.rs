@@ -108,8 +108,11 @@ impl Trouble {
 
 impl Job {
     fn emit(&self, container: Option<&str>, kind: EventType, reason: &str, message: String) {
-        self.events
-            .emit(PodEvent::new(&self.key, container, kind, reason, message));
+        let mut event = PodEvent::new(&self.key, container, kind, reason, message);
+        if let Some(name) = container {
+            event.field_path = plan::field_path(&self.pod, name);
+        }
+        self.events.emit(event);
     }
 
     fn spec_of(&self, name: &str) -> Option<Container> {
@@ -229,9 +232,6 @@ impl Job {
     fn sandbox_config(&self, attempt: u32) -> Result<api::PodSandboxConfig, String> {
         let host = std::fs::read_to_string(&self.paths.resolv_conf).unwrap_or_default();
         let dns = dns::dns_config(&self.pod, &self.environment, &host);
-        if let Some((reason, message)) = &dns.warning {
-            self.emit(None, EventType::Warning, reason, message.clone());
-        }
         let hostname = dns::hostname(&self.pod, &self.environment);
         if let Some(problem) = &hostname.problem {
             return Err(problem.clone());
@@ -247,6 +247,14 @@ impl Job {
         }))
     }
 
+    fn warn_of_dns(&self) {
+        let host = std::fs::read_to_string(&self.paths.resolv_conf).unwrap_or_default();
+        let dns = dns::dns_config(&self.pod, &self.environment, &host);
+        if let Some((reason, message)) = dns.warning {
+            self.emit(None, EventType::Warning, reason, message);
+        }
+    }
+
     async fn run_sandbox(&self, attempt: u32) -> Outcome {
         let made = async {
             std::fs::create_dir_all(self.log_directory()).map_err(|e| {
@@ -259,6 +267,7 @@ impl Job {
                 .ensure(&self.pod)
                 .map_err(|e| format!("cannot make the Pod's cgroup: {e}"))?;
             let config = self.sandbox_config(attempt)?;
+            self.warn_of_dns();
             let handler = self.runtime_handler();
             self.cri
                 .run_sandbox(config, handler)
@@ -467,11 +476,11 @@ impl Job {
         let hook = container
             .as_ref()
             .and_then(|c| c.lifecycle.as_ref()?.pre_stop.as_ref());
-        if let (Some(hook), Some(container), true) = (hook, &container, self.pre_stop) {
-            if let Err(why) = lifecycle::run(&self.place(container, id), hook, self.grace).await {
-                let message = format!("PreStopHook failed: {why}");
-                self.emit(Some(name), EventType::Warning, "FailedPreStopHook", message);
-            }
+        if let (Some(hook), Some(container), true) = (hook, &container, self.pre_stop)
+            && let Err(why) = lifecycle::run(&self.place(container, id), hook, self.grace).await
+        {
+            let message = format!("PreStopHook failed: {why}");
+            self.emit(Some(name), EventType::Warning, "FailedPreStopHook", message);
         }
         // Every container gets time for its stop signal, even where a hook used up the grace.
         let floor = self

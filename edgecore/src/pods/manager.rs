@@ -32,6 +32,9 @@ const WELL: Duration = Duration::from_secs(30);
 /// Between two looks at a runtime that is missing or not ready.
 const UNWELL: Duration = Duration::from_secs(1);
 
+/// A worker that panicked is started again after this.
+const AFTER_PANIC: Duration = Duration::from_secs(10);
+
 /// What an operator may set.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -209,7 +212,7 @@ impl Task {
             }
         }
         // A ConfigMap or Secret may have changed: each worker looks at its own references.
-        self.shared.wakers.wake_all();
+        self.shared.wakers.objects_changed();
     }
 
     fn hire(&mut self, uid: String, pod: DesiredPod, stop: &CancellationToken) {
@@ -231,15 +234,16 @@ impl Task {
                 self.shared.wakers.remove(&uid);
             }
             Err(error) => {
-                tracing::error!(%error, "a Pod's worker panicked and is started again");
-                // Its sender finds nobody listening any more.
-                let workers = self.workers.iter();
-                let dead: Vec<_> = workers
-                    .filter(|(_, s)| s.receiver_count() == 0)
-                    .map(|(uid, _)| uid.clone())
-                    .collect();
-                for uid in dead {
-                    self.workers.remove(&uid);
+                tracing::error!(%error, "a Pod's worker panicked and will be started again");
+                // Its sender finds nobody listening any more. It stays listed for a while, so that
+                // what makes it panic at once does not spin.
+                let gone = |s: &watch::Sender<DesiredPod>| s.receiver_count() == 0;
+                let dead = self.workers.iter().filter(|(_, s)| gone(s));
+                for uid in dead.map(|(uid, _)| uid.clone()) {
+                    self.tasks.spawn(async move {
+                        tokio::time::sleep(AFTER_PANIC).await;
+                        uid
+                    });
                 }
             }
         }
@@ -278,6 +282,8 @@ impl Health {
                 biased;
                 () = shutdown.cancelled() => return,
                 () = tokio::time::sleep(if well { WELL } else { UNWELL }) => {}
+                // One that is known to be unwell is looked at often enough.
+                () = self.shared.wakers.doubted(), if well => {}
             }
         }
     }

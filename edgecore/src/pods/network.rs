@@ -119,7 +119,7 @@ pub struct RangeInputs {
 /// What the device's Pod network is.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Network {
-    /// Somebody else's configuration is there and stays.
+    /// Somebody else's configuration is there and stays; the runtime takes it, not ours.
     Foreign { file: PathBuf },
     /// Ours; `written` when it was not there as it should be.
     Own { range: Range, written: bool },
@@ -192,7 +192,8 @@ fn choose(inputs: &RangeInputs) -> Result<Range, NetworkError> {
     fit.next().ok_or(NetworkError::NoneFree)
 }
 
-/// The first configuration that is not ours, by the runtime's own rule of what is one.
+/// The configuration that is not ours and that the runtime takes: it reads the first by name, so
+/// one that came later and stands behind ours changes nothing.
 fn foreign(dir: &Path) -> Result<Option<PathBuf>, NetworkError> {
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
@@ -211,8 +212,8 @@ fn foreign(dir: &Path) -> Result<Option<PathBuf>, NetworkError> {
     };
     let paths = entries.flatten().map(|e| e.path()).filter(is_conf);
     Ok(paths
-        .filter(|p| p.file_name().is_some_and(|n| n != FILE))
-        .min())
+        .min()
+        .filter(|p| p.file_name().is_some_and(|n| n != FILE)))
 }
 
 fn content(bridge: &str, range: Range) -> String {
@@ -444,6 +445,23 @@ mod tests {
         assert_eq!(kept.kept(), None);
         assert_eq!(fs::read_to_string(file).unwrap(), "{}");
         assert_eq!(fs::read_dir(&config.conf_dir).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn the_runtime_takes_the_first_by_name() {
+        let (_dir, config) = bench();
+        let kept = Kept::default();
+        ensure(&config, &RangeInputs::default(), &kept).unwrap();
+        fs::write(config.conf_dir.join("99-late.conf"), "{}").unwrap();
+        let got = ensure(&config, &RangeInputs::default(), &kept).unwrap();
+        assert!(
+            matches!(got, Network::Own { written: false, .. }),
+            "{got:?}"
+        );
+        let early = config.conf_dir.join("00-multus.conf");
+        fs::write(&early, "{}").unwrap();
+        let got = ensure(&config, &RangeInputs::default(), &kept).unwrap();
+        assert_eq!(got, Network::Foreign { file: early });
     }
 
     #[test]

@@ -127,7 +127,10 @@ async fn look_at_container(
 /// One worker as those who wake it know it.
 #[derive(Debug, Default)]
 pub struct Waker {
+    /// The runtime holds something else of the Pod than it did.
     pub wake: Notify,
+    /// Some object of the desired set changed; whether the Pod refers to it is for its worker to see.
+    pub objects: Notify,
     /// Something of the Pod is expected to change by itself.
     pub lively: AtomicBool,
 }
@@ -142,6 +145,7 @@ pub struct Wakers {
 struct WakersInner {
     map: Mutex<BTreeMap<String, Arc<Waker>>>,
     livened: Notify,
+    doubted: Notify,
 }
 
 impl Wakers {
@@ -169,9 +173,10 @@ impl Wakers {
         found.is_some()
     }
 
-    pub fn wake_all(&self) {
+    /// Tells every worker that the desired set changed.
+    pub fn objects_changed(&self) {
         for waker in self.map().values() {
-            waker.wake.notify_one();
+            waker.objects.notify_one();
         }
     }
 
@@ -180,6 +185,16 @@ impl Wakers {
         if waker.lively.swap(lively, Ordering::Relaxed) != lively && lively {
             self.inner.livened.notify_one();
         }
+    }
+
+    /// Somebody got no answer from the runtime: its health must be looked at now.
+    pub fn doubt(&self) {
+        self.inner.doubted.notify_one();
+    }
+
+    /// Waits for a doubt.
+    pub async fn doubted(&self) {
+        self.inner.doubted.notified().await;
     }
 
     fn any_lively(&self) -> bool {
@@ -267,8 +282,9 @@ impl Watcher {
             self.cri.list_sandboxes(None),
             self.cri.list_containers(None),
         );
-        let Ok((sandboxes, containers)) = lists.await else {
-            return;
+        let (sandboxes, containers) = match lists.await {
+            Ok(lists) => lists,
+            Err(_) => return self.wakers.doubt(),
         };
         let uid = |labels: &std::collections::HashMap<String, String>| {
             labels.get(convert::POD_UID).cloned().unwrap_or_default()

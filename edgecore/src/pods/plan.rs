@@ -191,6 +191,18 @@ pub fn mains(pod: &Pod) -> &[Container] {
         .unwrap_or_default()
 }
 
+/// The field of the Pod that an Event about this container speaks of.
+pub fn field_path(pod: &Pod, name: &str) -> String {
+    let list = if inits(pod).iter().any(|c| c.name == name) {
+        "initContainers"
+    } else if mains(pod).iter().any(|c| c.name == name) {
+        "containers"
+    } else {
+        "ephemeralContainers"
+    };
+    format!("spec.{list}{{{name}}}")
+}
+
 /// Ephemeral containers, as containers.
 pub fn ephemerals(pod: &Pod) -> Vec<Container> {
     let spec = pod.spec.iter();

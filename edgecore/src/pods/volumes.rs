@@ -19,6 +19,7 @@ mod mounts;
 mod subpath;
 mod termination;
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
@@ -29,7 +30,6 @@ use std::time::Duration;
 
 use common::ids::ObjectKey;
 use k8s_openapi::api::core::v1::{Container, Pod, Volume, VolumeMount};
-use nix::mount::MsFlags;
 
 use super::env::{ConfigError, expand_strictly};
 use super::tokens::{Token, TokenRequest, Tokens};
@@ -65,7 +65,7 @@ pub enum MountError {
     /// The Pod's UID cannot be a directory's name.
     #[error("the Pod's uid {uid:?} is malformed")]
     Uid { uid: String },
-    #[error("cannot {what} {path}: {source}")]
+    #[error("cannot {what} {path}")]
     Io {
         what: &'static str,
         path: PathBuf,
@@ -140,9 +140,9 @@ impl Volumes {
         let dir = self.inner.pod_dir(uid(pod))?;
         let mut answers = Answers::new();
         for request in used(pod).flat_map(|v| content::token_requests(pod, v)) {
-            if !answers.contains_key(&request) {
-                let answer = self.inner.tokens.token(&request).await;
-                answers.insert(request, answer);
+            if let Entry::Vacant(vacant) = answers.entry(request) {
+                let answer = self.inner.tokens.token(vacant.key()).await;
+                vacant.insert(answer);
             }
         }
         let refresh = answers.values().map(|answer| match answer {
@@ -342,8 +342,8 @@ impl Plugin {
             Self::HostPath
         } else {
             let json = serde_json::to_value(volume).unwrap_or_default();
-            let fields = json.as_object().into_iter().flatten().map(|(k, _)| k);
-            let kind = fields.filter(|k| k.as_str() != "name").next_back();
+            let mut fields = json.as_object().into_iter().flatten().map(|(k, _)| k);
+            let kind = fields.find(|k| k.as_str() != "name");
             Self::Unsupported(
                 kind.cloned()
                     .unwrap_or_else(|| "(newer than this edgecore)".into()),
@@ -457,8 +457,7 @@ impl Inner {
         };
         fs::create_dir_all(place).map_err(io("make"))?;
         if memory && !mounts::is_mounted(place).map_err(io("look at"))? {
-            let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-            mounts::tmpfs(place, None, flags).map_err(io("mount"))?;
+            mounts::files(place).map_err(io("mount"))?;
         }
         // As an emptyDir below: containers of any user find their files.
         fs::set_permissions(place, fs::Permissions::from_mode(0o777)).map_err(io("open up"))?;

@@ -10,7 +10,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use common::ids::{Kind, ObjectKey};
-use common::object::ContentHash;
+use common::object::{Content, ContentHash};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use tokio::sync::watch;
@@ -32,7 +32,7 @@ use super::status::{self, Failed, is_terminal};
 use super::volumes::Volumes;
 use crate::cri::{Failure, Runtime};
 use crate::node::environment::Environment;
-use crate::store::desired::{Desired, DesiredPod};
+use crate::store::desired::{Desired, DesiredPod, Lookup};
 use crate::store::events::{EventType, Events, PodEvent};
 use crate::store::reports::{PodReport, Reports};
 
@@ -75,6 +75,12 @@ pub struct Worker {
     failed: Option<Failed>,
     /// What the Pod's references looked like when its volumes were last brought up to date.
     references: Vec<ContentHash>,
+    /// The Pod's references, as its spec names them.
+    refers_to: Vec<ObjectKey>,
+    /// Something that the Pod refers to has not come yet.
+    waits_for_objects: bool,
+    /// The cloud was told that all is gone.
+    said_gone: bool,
     refresh_at: Option<Duration>,
     first_look: bool,
     complained: bool,
@@ -95,8 +101,9 @@ impl Worker {
         waker: Arc<Waker>,
     ) -> Self {
         let key = wanted.borrow().key.clone();
-        let said = shared.reports.pod(&key);
-        let said = said.and_then(|r| serde_json::from_value(r.status).ok());
+        let report = shared.reports.pod(&key);
+        let said_gone = report.as_ref().is_some_and(|r| r.gone);
+        let said = report.and_then(|r| serde_json::from_value(r.status).ok());
         Self {
             shared,
             key,
@@ -110,6 +117,9 @@ impl Worker {
             said,
             failed: None,
             references: Vec::new(),
+            refers_to: Vec::new(),
+            waits_for_objects: false,
+            said_gone,
             refresh_at: None,
             first_look: true,
             complained: false,
@@ -126,25 +136,38 @@ impl Worker {
                 Next::Over => return,
                 Next::Wait(wait) => wait,
             };
-            let timer = tokio::time::sleep(wait.unwrap_or(Duration::from_secs(3600)));
-            tokio::select! {
-                biased;
-                () = shutdown.cancelled() => return,
-                changed = self.wanted.changed() => {
-                    if changed.is_err() {
-                        return;
+            let timer = tokio::time::sleep(wait.unwrap_or(Duration::ZERO));
+            tokio::pin!(timer);
+            loop {
+                tokio::select! {
+                    biased;
+                    () = shutdown.cancelled() => return,
+                    changed = self.wanted.changed() => {
+                        if changed.is_err() {
+                            return;
+                        }
+                        // Whatever failed was asked of another version of the Pod.
+                        self.memory.retries.clear();
                     }
-                    // Whatever failed was asked of another version of the Pod.
-                    self.memory.retries.clear();
+                    Some(ended) = self.jobs.join_next_with_id() => self.ended(ended),
+                    () = self.waker.wake.notified() => {}
+                    // Most objects are not this Pod's: that is seen without asking the runtime.
+                    () = self.waker.objects.notified() => if !self.concerned() { continue },
+                    () = changed(&mut environment) => {}
+                    () = changed(&mut runtime) => {}
+                    () = changed(&mut releases), if !self.memory.granted => {
+                        self.memory.retries.clear();
+                    }
+                    () = &mut timer, if wait.is_some() => {}
                 }
-                Some(ended) = self.jobs.join_next_with_id() => self.ended(ended),
-                () = self.waker.wake.notified() => {}
-                _ = environment.changed() => {}
-                _ = runtime.changed() => {}
-                _ = releases.changed(), if !self.memory.granted => self.memory.retries.clear(),
-                () = timer, if wait.is_some() => {}
+                break;
             }
         }
+    }
+
+    /// Whether something that the Pod refers to is not what it was.
+    fn concerned(&self) -> bool {
+        self.waits_for_objects || contents(&self.refers_to, &self.shared.desired) != self.references
     }
 
     fn now(&self) -> Now {
@@ -220,10 +243,14 @@ impl Worker {
             &mut shorten,
         );
         self.pending_times(&pod, intent, now, &mut shorten);
-        let gone = plan.gone && intent == Intent::Delete;
+        // What was said to be gone is not taken back because this agent has just started.
+        let empty = observed.containers.is_empty() && observed.sandboxes.is_empty();
+        let gone = intent == Intent::Delete && (plan.gone || self.said_gone && empty);
         self.say(status, gone);
-        self.set_lively(&pod, intent, &observed, &plan, now);
-        if plan.gone && matches!(intent, Intent::Delete | Intent::Remove) {
+        if let Some(settles) = self.set_lively(&pod, intent, &observed, &plan, now) {
+            wait = Some(wait.map_or(settles, |w| w.min(settles)));
+        }
+        if plan.gone {
             self.shared.ledger.release(&self.key.uid);
             if intent == Intent::Remove {
                 return self.over();
@@ -247,8 +274,12 @@ impl Worker {
         let uid = self.key.uid.clone();
         let seen = observe::look(&*self.shared.cri, &uid, &mut self.cache, last_words).await;
         let mut observed = seen.map_err(|e| match e.failure {
-            // The manager wakes everybody when the runtime is back.
-            Failure::Unavailable => Duration::from_secs(60),
+            Failure::Unavailable => {
+                self.shared.wakers.doubt();
+                // A runtime that is known to be away wakes everybody when it is back.
+                let known = !self.shared.runtime.borrow().ready;
+                Duration::from_secs(if known { 60 } else { 1 })
+            }
             Failure::NotFound | Failure::Unimplemented | Failure::Deadline | Failure::Refused => {
                 tracing::warn!(pod = %self.key, error = %e, "the runtime could not be asked about a Pod");
                 Duration::from_secs(2)
@@ -398,8 +429,10 @@ impl Worker {
         now: Now,
         shorten: &mut impl FnMut(Duration),
     ) {
+        self.refers_to = references(pod);
         let known = intent.ends() || env::references_known(pod, &self.shared.desired).is_ok();
-        self.refresh_volumes(pod, intent, now);
+        self.waits_for_objects = !known;
+        self.refresh_volumes(intent, now);
         let mut steps = plan.steps.clone();
         if intent == Intent::Run && self.memory.granted && !self.memory.volumes {
             // `refresh_volumes` may have asked for them after the plan was made.
@@ -433,7 +466,7 @@ impl Worker {
                     {
                         continue;
                     }
-                    self.references = references(&pod, &self.shared.desired);
+                    self.references = contents(&self.refers_to, &self.shared.desired);
                 }
                 Step::Start { container, .. } => {
                     if let Some(crashes) = plan.crashes.get(container) {
@@ -544,12 +577,12 @@ impl Worker {
     }
 
     /// Volumes are brought up to date when what the Pod refers to changed, or a token is due.
-    fn refresh_volumes(&mut self, pod: &Pod, intent: Intent, now: Now) {
+    fn refresh_volumes(&mut self, intent: Intent, now: Now) {
         if intent != Intent::Run || !self.memory.volumes {
             return;
         }
         let due = self.refresh_at.is_some_and(|at| at <= now.mono);
-        if due || references(pod, &self.shared.desired) != self.references {
+        if due || self.concerned() {
             self.memory.volumes = false;
             self.refresh_at = None;
             // What waited for an object need not wait any longer.
@@ -616,6 +649,10 @@ impl Worker {
     }
 
     fn say(&mut self, status: PodStatus, gone: bool) {
+        if self.said.as_ref() == Some(&status) && self.said_gone == gone {
+            return;
+        }
+        self.said_gone = gone;
         match serde_json::to_value(&status) {
             Ok(value) => self.shared.reports.put_pod(
                 &self.key,
@@ -629,23 +666,20 @@ impl Worker {
         self.said = Some(status);
     }
 
-    fn set_lively(&self, pod: &Pod, intent: Intent, observed: &Observed, plan: &Plan, now: Now) {
-        let settled = |c: &ContainerSeen| {
-            let started = Timestamp::from_nanosecond(i128::from(c.started_at)).unwrap_or(now.wall);
-            Duration::try_from(now.wall.duration_since(started)).unwrap_or_default() > SETTLED
-        };
-        let mut running = observed.containers.iter().filter(|c| c.may_run());
-        let rests = match intent {
-            Intent::Run => {
-                let all_up = plan::mains(pod).iter().all(|c| {
-                    let newest = observed.newest(&c.name);
-                    newest.is_some_and(|n| n.run == Run::Running && settled(n))
-                });
-                plan::policy(pod) == Policy::Always && all_up && plan.steps.is_empty()
-            }
-            Intent::Finish | Intent::Delete | Intent::Remove => running.next().is_none(),
-        };
-        self.shared.wakers.set_lively(&self.waker, !rests);
+    /// Says whether the Pod is at rest; gives when to look whether it has come to rest.
+    fn set_lively(
+        &self,
+        pod: &Pod,
+        intent: Intent,
+        observed: &Observed,
+        plan: &Plan,
+        now: Now,
+    ) -> Option<Duration> {
+        let restless = restless(pod, intent, observed, plan, now);
+        self.shared
+            .wakers
+            .set_lively(&self.waker, restless.is_some());
+        restless.flatten()
     }
 
     fn collect_ended(&mut self) {
@@ -747,6 +781,13 @@ impl Worker {
     }
 }
 
+/// Waits for a change; for ever where nobody can make one any more.
+async fn changed<T>(receiver: &mut watch::Receiver<T>) {
+    if receiver.changed().await.is_err() {
+        std::future::pending().await
+    }
+}
+
 /// What is wanted of the Pod before its containers are asked.
 fn intent(wanted: &DesiredPod, pod: &Pod) -> Intent {
     if wanted.removed {
@@ -756,6 +797,34 @@ fn intent(wanted: &DesiredPod, pod: &Pod) -> Intent {
     } else {
         Intent::Run
     }
+}
+
+/// `Some` while something of the Pod is expected to change by itself, with the time after which it
+/// may have come to rest.
+fn restless(
+    pod: &Pod,
+    intent: Intent,
+    observed: &Observed,
+    plan: &Plan,
+    now: Now,
+) -> Option<Option<Duration>> {
+    if intent.ends() {
+        return observed.any_running().then_some(None);
+    }
+    if plan::policy(pod) != Policy::Always || !plan.steps.is_empty() {
+        return Some(None);
+    }
+    let mut youngest = Duration::MAX;
+    for c in plan::mains(pod) {
+        let running = observed.newest(&c.name).filter(|n| n.run == Run::Running);
+        let Some(running) = running else {
+            return Some(None);
+        };
+        let started = Timestamp::from_nanosecond(i128::from(running.started_at));
+        let age = now.wall.duration_since(started.unwrap_or(now.wall));
+        youngest = youngest.min(Duration::try_from(age).unwrap_or_default());
+    }
+    (youngest < SETTLED).then(|| Some(SETTLED - youngest))
 }
 
 /// What is left of `activeDeadlineSeconds`; `None` where there is none.
@@ -779,19 +848,23 @@ fn target(pod: &Pod, container: &str) -> Option<String> {
         .filter(|t| !t.is_empty())
 }
 
-/// What the Pod's ConfigMaps, Secrets and Services look like now, in the order of its spec.
-fn references(pod: &Pod, desired: &Desired) -> Vec<ContentHash> {
-    use crate::store::desired::Lookup;
-    use common::object::Content;
-    let keys = env::references(pod);
-    let volatile = keys.into_iter().filter(|k| k.kind != Kind::Services);
-    volatile
-        .map(|key| match desired.lookup(&key) {
-            Lookup::Unknown => ContentHash::default(),
-            Lookup::Absent => ContentHash::of(&Content::Absent),
-            Lookup::Present(bytes) => ContentHash::of(&Content::Present(bytes)),
-        })
-        .collect()
+/// The ConfigMaps and Secrets that the Pod names. Services count at a container's start only.
+fn references(pod: &Pod) -> Vec<ObjectKey> {
+    let mut keys = env::references(pod);
+    keys.retain(|k| k.kind != Kind::Services);
+    keys.sort();
+    keys.dedup();
+    keys
+}
+
+/// What these objects look like now.
+fn contents(keys: &[ObjectKey], desired: &Desired) -> Vec<ContentHash> {
+    let content = |key| match desired.lookup(key) {
+        Lookup::Unknown => ContentHash::default(),
+        Lookup::Absent => ContentHash::of(&Content::Absent),
+        Lookup::Present(bytes) => ContentHash::of(&Content::Present(bytes)),
+    };
+    keys.iter().map(content).collect()
 }
 
 fn last_words(volumes: &Volumes, paths: &Paths, pod: &Pod, c: &ContainerSeen) -> String {

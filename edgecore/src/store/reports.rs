@@ -13,7 +13,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use common::ids::{Kind, ObjectKey};
+use common::ids::ObjectKey;
 use common::object::{ContentHash, Digest};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -45,7 +45,7 @@ pub struct Report {
 
 /// The key of the Node's own report. It carries no name: there is one Node per store.
 pub fn node_key() -> ObjectKey {
-    ObjectKey::named(Kind::Node, "", "")
+    ObjectKey::own_node()
 }
 
 /// A shared handle; cheap to clone. Equal reports are not written twice.

@@ -68,7 +68,7 @@ fn archive(dir: &Path) -> PathBuf {
     }
     fs::copy("/bin/busybox", root.join("bin/busybox")).expect("busybox-static is installed");
     for applet in [
-        "sh", "sleep", "cat", "echo", "true", "false", "kill", "touch", "env",
+        "sh", "test", "grep", "sleep", "cat", "echo", "true", "false", "kill", "touch", "env",
     ] {
         let _ = std::os::unix::fs::symlink("busybox", root.join("bin").join(applet));
     }
@@ -278,6 +278,23 @@ impl Kept {
             ..Default::default()
         });
         kept
+    }
+
+    pub(crate) fn put_object(&self, key: ObjectKey, json: &Value) {
+        let object = Object::present(key, json.to_string().into_bytes());
+        self.desired.commit(Batch {
+            puts: vec![object],
+            ..Default::default()
+        });
+    }
+
+    /// Waits until no Pod is left, not even one that is being removed.
+    pub(crate) async fn until_empty(&self) {
+        let mut changes = self.desired.changes();
+        while !self.desired.pods().is_empty() {
+            let changed = tokio::time::timeout(Duration::from_secs(30), changes.changed());
+            changed.await.expect("the last Pod goes").unwrap();
+        }
     }
 
     pub(crate) fn put(&self, pod: &Value) -> ObjectKey {

@@ -8,7 +8,7 @@ use super::{Read, StreamEnd, Violation};
 
 /// What a writer may queue ahead of the pipe: enough to keep it busy between two turns of the
 /// writer, little enough that a stream costs little while it waits.
-const SEND_BUFFER: usize = 32 * 1024;
+pub(super) const SEND_BUFFER: usize = 32 * 1024;
 /// Many tiny writes cost by the piece.
 const SEND_PIECES: usize = 64;
 

@@ -17,6 +17,15 @@ fn cluster(id: &str) -> ClusterId {
     ClusterId::parse(id).expect("label")
 }
 
+/// What is judged, by whom, when, what is shown, and the first word of the verdict.
+type Case<'a> = (
+    &'a str,
+    Trust,
+    Clock,
+    &'a [CertificateDer<'static>],
+    Result<(), &'a str>,
+);
+
 fn judged(trust: Trust, clock: Clock, chain: &[CertificateDer<'static>]) -> Result<(), TrustError> {
     let tls = ClientTls::new(trust, &cluster("c1"), clock, None).expect("config");
     let name = ServerName::try_from("dialled.example").expect("name");
@@ -51,7 +60,7 @@ fn the_server_is_judged_by_root_name_and_the_clock_at_hand() {
     let both = || Trust::Roots(vec![other.certificate().clone(), ca.certificate().clone()]);
     let on = |day| Clock::Synchronised(at(day));
     let lost = |day: Option<u64>| Clock::Unsynchronised(day.map(at));
-    let table: [(&str, Trust, Clock, &[_], Result<(), &str>); 15] = [
+    let table: [Case<'_>; 15] = [
         ("in time", ours(), on(20_050), &chain, Ok(())),
         ("one of two anchors", both(), on(20_050), &chain, Ok(())),
         (

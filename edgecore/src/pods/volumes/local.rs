@@ -6,7 +6,6 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, lchown};
 use std::path::Path;
 
 use k8s_openapi::api::core::v1::{EmptyDirVolumeSource, HostPathVolumeSource, Pod};
-use nix::mount::MsFlags;
 
 use super::mounts;
 use crate::node::environment::Environment;
@@ -24,17 +23,13 @@ pub(super) fn empty_dir(
         let (what, dir) = (what.to_owned(), dir.display().to_string());
         move |e: io::Error| format!("cannot {what} {dir}: {e}")
     };
-    let fresh = !dir.exists();
-    fs::create_dir_all(dir).map_err(text("make"))?;
-    let medium = source.medium.as_deref().unwrap_or_default();
-    let mut mounted = false;
-    match medium {
-        "" => {}
+    match source.medium.as_deref().unwrap_or_default() {
+        "" => make_empty(dir).map_err(text("make"))?,
         "Memory" => {
+            fs::create_dir_all(dir).map_err(text("make"))?;
             if !mounts::is_mounted(dir).map_err(text("look at"))? {
                 let size = memory_size(source, pod, environment);
-                mounts::tmpfs(dir, Some(size), MsFlags::empty()).map_err(text("mount"))?;
-                mounted = true;
+                mounts::memory(dir, size).map_err(text("mount"))?;
             }
         }
         other => {
@@ -43,13 +38,25 @@ pub(super) fn empty_dir(
             ));
         }
     }
-    if fresh || mounted {
-        fs::set_permissions(dir, fs::Permissions::from_mode(0o777)).map_err(text("open up"))?;
-    }
     if let Some(group) = fs_group(pod) {
         own_by_group(dir, group).map_err(text("give to the fsGroup"))?;
     }
     Ok(())
+}
+
+/// Makes the directory open to any user. It takes its name last: one that is there is finished,
+/// and what containers made of its mode since is theirs.
+fn make_empty(dir: &Path) -> io::Result<()> {
+    if dir.exists() {
+        return Ok(());
+    }
+    let (Some(parent), Some(name)) = (dir.parent(), dir.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let new = parent.join(format!(".new-{}", name.to_string_lossy()));
+    fs::create_dir_all(&new)?;
+    fs::set_permissions(&new, fs::Permissions::from_mode(0o777))?;
+    fs::rename(new, dir)
 }
 
 /// The least of the size limit, the containers' memory limits (if all have one) and what the node

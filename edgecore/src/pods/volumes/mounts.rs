@@ -11,11 +11,20 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-/// Mounts a tmpfs; `size` in bytes, else the kernel's default.
-pub(super) fn tmpfs(target: &Path, size: Option<u64>, flags: MsFlags) -> io::Result<()> {
-    let data = size.map_or_else(|| "mode=0777".into(), |s| format!("mode=0777,size={s}"));
-    let tmpfs = Some("tmpfs");
-    mount(tmpfs, target, tmpfs, flags, Some(data.as_str()))?;
+/// Mounts a tmpfs for an emptyDir of `size` bytes.
+pub(super) fn memory(target: &Path, size: u64) -> io::Result<()> {
+    tmpfs(target, MsFlags::empty(), &format!("mode=0777,size={size}"))
+}
+
+/// Mounts a tmpfs for files of the API, among them Secrets: never swapped out to a disk where the
+/// kernel can promise that (6.4 and newer).
+pub(super) fn files(target: &Path) -> io::Result<()> {
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    tmpfs(target, flags, "mode=0777,noswap").or_else(|_| tmpfs(target, flags, "mode=0777"))
+}
+
+fn tmpfs(target: &Path, flags: MsFlags, options: &str) -> io::Result<()> {
+    mount(Some("tmpfs"), target, Some("tmpfs"), flags, Some(options))?;
     Ok(())
 }
 

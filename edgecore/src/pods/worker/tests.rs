@@ -20,7 +20,12 @@ struct NoTokens;
 
 impl TokenSource for NoTokens {
     fn token<'a>(&'a self, _: &'a TokenRequest) -> TokenFuture<'a> {
-        Box::pin(async { Ok(Token { token: "t".into(), refresh_in_seconds: 3600 }) })
+        Box::pin(async {
+            Ok(Token {
+                token: "t".into(),
+                refresh_in_seconds: 3600,
+            })
+        })
     }
     fn forget(&self, _: &ObjectKey) {}
 }
@@ -68,14 +73,17 @@ impl Device {
         let path = |sub: &str| self.dir.path().join(sub);
         std::fs::create_dir_all(path("cgroup")).unwrap();
         let volumes = Volumes::new(
-            VolumesConfig { root: path("agent"), node_ca_pem: None },
+            VolumesConfig {
+                root: path("agent"),
+                node_ca_pem: None,
+            },
             self.desired.clone(),
             Arc::new(NoTokens),
         );
         let environment = Environment {
             node_name: "edge-1".into(),
             node_ip: "192.0.2.7".parse().unwrap(),
-            cluster_dns: None,
+            cluster_dns: Some("10.96.0.10".parse().unwrap()),
             cluster_domain: "cluster.local".into(),
             api_service: None,
             allocatable_cpu_millis: 2000,
@@ -93,7 +101,10 @@ impl Device {
         };
         let fake = self.fake.clone();
         let start = Instant::now();
-        let clock: Clock = Arc::new(move || Now { wall: fake.now(), mono: start.elapsed() });
+        let clock: Clock = Arc::new(move || Now {
+            wall: fake.now(),
+            mono: start.elapsed(),
+        });
         let (handle, task) = PodManager::build(
             config,
             Deps {
@@ -114,7 +125,10 @@ impl Device {
 
     fn put_object(&self, key: ObjectKey, json: Value) {
         let object = Object::present(key, json.to_string().into_bytes());
-        self.desired.commit(Batch { puts: vec![object], ..Default::default() });
+        self.desired.commit(Batch {
+            puts: vec![object],
+            ..Default::default()
+        });
     }
 
     fn put(&self, pod: &Value) -> ObjectKey {
@@ -125,7 +139,10 @@ impl Device {
     }
 
     fn remove(&self, key: &ObjectKey) {
-        self.desired.commit(Batch { removes: vec![key.clone()], ..Default::default() });
+        self.desired.commit(Batch {
+            removes: vec![key.clone()],
+            ..Default::default()
+        });
     }
 
     fn status(&self, key: &ObjectKey) -> Value {
@@ -133,7 +150,10 @@ impl Device {
     }
 
     fn phase(&self, key: &ObjectKey) -> String {
-        self.status(key)["phase"].as_str().unwrap_or_default().to_owned()
+        self.status(key)["phase"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned()
     }
 
     fn gone(&self, key: &ObjectKey) -> bool {
@@ -148,12 +168,21 @@ impl Device {
                 sleep(Duration::from_millis(5)).await;
             }
         });
-        assert!(polled.await.is_ok(), "{what}: never; {:?}\n{:#?}", self.fake.calls(), self.reasons());
+        assert!(
+            polled.await.is_ok(),
+            "{what}: never; {:?}\n{:#?}",
+            self.fake.calls(),
+            self.reasons()
+        );
         began.elapsed()
     }
 
     fn reasons(&self) -> Vec<String> {
-        self.events.drain().into_iter().map(|e| format!("{} {}", e.reason, e.message)).collect()
+        self.events
+            .drain()
+            .into_iter()
+            .map(|e| format!("{} {}", e.reason, e.message))
+            .collect()
     }
 }
 
@@ -175,7 +204,10 @@ fn deleted(mut pod: Value, grace: i64) -> Value {
 }
 
 fn ends(after: u64, code: i32) -> Program {
-    Program { ends: Some((Duration::from_secs(after), code)), stubborn: false }
+    Program {
+        ends: Some((Duration::from_secs(after), code)),
+        stubborn: false,
+    }
 }
 
 fn condition<'a>(status: &'a Value, kind: &str) -> &'a str {
@@ -190,9 +222,18 @@ async fn a_pod_runs_is_deleted_and_its_record_goes_last() {
     let agent = d.start();
     let key = d.put(&pod("web", "u1"));
     let took = d.until("running", || d.phase(&key) == "Running").await;
-    assert!(took < Duration::from_millis(100), "no timer is on the way: {took:?}");
+    assert!(
+        took < Duration::from_millis(100),
+        "no timer is on the way: {took:?}"
+    );
     let status = d.status(&key);
-    for kind in ["PodReadyToStartContainers", "Initialized", "ContainersReady", "Ready", "PodScheduled"] {
+    for kind in [
+        "PodReadyToStartContainers",
+        "Initialized",
+        "ContainersReady",
+        "Ready",
+        "PodScheduled",
+    ] {
         assert_eq!(condition(&status, kind), "True", "{kind}");
     }
     assert_eq!(status["hostIP"], "192.0.2.7");
@@ -206,7 +247,11 @@ async fn a_pod_runs_is_deleted_and_its_record_goes_last() {
     assert!(d.fake.is_empty());
     assert_eq!(d.phase(&key), "Failed", "it ended with 143");
     assert_eq!(condition(&d.status(&key), "Ready"), "False");
-    assert_eq!(d.desired.pods().len(), 1, "the cloud still has to delete the object");
+    assert_eq!(
+        d.desired.pods().len(),
+        1,
+        "the cloud still has to delete the object"
+    );
 
     d.remove(&key);
     d.until("forgotten", || d.desired.pods().is_empty()).await;
@@ -218,7 +263,13 @@ async fn a_pod_runs_is_deleted_and_its_record_goes_last() {
 async fn a_pod_that_vanishes_from_the_cloud_is_ended_with_its_own_grace() {
     let d = Device::new();
     let _agent = d.start();
-    d.fake.program("main", Program { stubborn: true, ..Default::default() });
+    d.fake.program(
+        "main",
+        Program {
+            stubborn: true,
+            ..Default::default()
+        },
+    );
     let key = d.put(&pod("web", "u1"));
     d.until("running", || d.phase(&key) == "Running").await;
     d.remove(&key);
@@ -231,18 +282,31 @@ async fn a_pod_that_vanishes_from_the_cloud_is_ended_with_its_own_grace() {
 async fn a_shorter_grace_shortens_the_wait_and_the_pre_stop_hook_runs_once() {
     let d = Device::new();
     let _agent = d.start();
-    d.fake.program("main", Program { stubborn: true, ..Default::default() });
+    d.fake.program(
+        "main",
+        Program {
+            stubborn: true,
+            ..Default::default()
+        },
+    );
     let mut spec = pod("web", "u1");
-    spec["spec"]["containers"][0]["lifecycle"] =
-        json!({"preStop": {"exec": {"command": ["bye"]}}, "postStart": {"exec": {"command": ["hi"]}}});
+    spec["spec"]["containers"][0]["lifecycle"] = json!({"preStop": {"exec": {"command": ["bye"]}}, "postStart": {"exec": {"command": ["hi"]}}});
     let key = d.put(&spec);
-    d.until("ready", || d.status(&key)["containerStatuses"][0]["ready"] == true).await;
+    d.until("ready", || {
+        d.status(&key)["containerStatuses"][0]["ready"] == true
+    })
+    .await;
     d.put(&deleted(spec.clone(), 30));
     sleep(Duration::from_secs(2)).await;
     d.put(&deleted(spec, 3));
     let took = d.until("gone", || d.gone(&key)).await;
     assert!(took < Duration::from_secs(4), "{took:?}");
-    let hooks: Vec<_> = d.fake.calls().into_iter().filter(|c| c.starts_with("ExecSync")).collect();
+    let hooks: Vec<_> = d
+        .fake
+        .calls()
+        .into_iter()
+        .filter(|c| c.starts_with("ExecSync"))
+        .collect();
     assert_eq!(hooks, ["ExecSync main/0 hi", "ExecSync main/0 bye"]);
 }
 
@@ -269,7 +333,10 @@ async fn a_container_that_crashes_is_restarted_later_and_later() {
     })
     .await;
     let status = d.status(&key);
-    assert_eq!(status["containerStatuses"][0]["lastState"]["terminated"]["exitCode"], 7);
+    assert_eq!(
+        status["containerStatuses"][0]["lastState"]["terminated"]["exitCode"],
+        7
+    );
     assert_eq!(status["phase"], "Running");
     assert!(d.events.drain().iter().any(|e| e.reason == "BackOff"));
 }
@@ -294,7 +361,13 @@ async fn a_new_agent_adopts_what_runs_and_restarts_nothing() {
 async fn an_agent_finishes_what_one_before_it_began() {
     let d = Device::new();
     let agent = d.start();
-    d.fake.program("main", Program { stubborn: true, ..Default::default() });
+    d.fake.program(
+        "main",
+        Program {
+            stubborn: true,
+            ..Default::default()
+        },
+    );
     let key = d.put(&pod("web", "u1"));
     d.until("running", || d.phase(&key) == "Running").await;
     d.put(&deleted(pod("web", "u1"), 30));
@@ -316,7 +389,12 @@ async fn a_job_that_is_done_is_never_started_again() {
     let key = d.put(&job);
     d.until("done", || d.phase(&key) == "Succeeded").await;
     sleep(Duration::from_secs(5)).await;
-    assert!(d.fake.calls().iter().any(|c| c.starts_with("StopPodSandbox")));
+    assert!(
+        d.fake
+            .calls()
+            .iter()
+            .any(|c| c.starts_with("StopPodSandbox"))
+    );
     agent.stop().await;
 
     // Another agent that has neither its own report nor the dead container, only the API's word.
@@ -345,7 +423,12 @@ async fn a_failed_init_container_fails_a_pod_that_never_restarts() {
     let key = d.put(&spec);
     d.until("failed", || d.phase(&key) == "Failed").await;
     sleep(Duration::from_secs(30)).await;
-    let starts: Vec<_> = d.fake.calls().into_iter().filter(|c| c.starts_with("Start")).collect();
+    let starts: Vec<_> = d
+        .fake
+        .calls()
+        .into_iter()
+        .filter(|c| c.starts_with("Start"))
+        .collect();
     assert_eq!(starts, ["StartContainer prepare/0"]);
 }
 
@@ -358,18 +441,50 @@ async fn a_missing_runtime_is_reported_and_waited_for() {
     sleep(Duration::from_secs(30)).await;
     let mut runtime = agent.handle.runtime.clone();
     assert!(!runtime.borrow_and_update().ready);
-    assert!(runtime.borrow().message.contains("container runtime is down"));
+    assert!(
+        runtime
+            .borrow()
+            .message
+            .contains("container runtime is down")
+    );
     d.fake.set_down(false);
     let took = d.until("running", || d.phase(&key) == "Running").await;
     assert!(took < Duration::from_secs(2), "{took:?}");
     assert!(runtime.borrow().ready && runtime.borrow().name == "fake");
 
     d.fake.set_down(true);
+    let began = Instant::now();
+    let second = d.put(&pod("next", "u2"));
     runtime.wait_for(|r| !r.ready).await.unwrap();
-    assert_eq!(d.phase(&key), "Running", "a runtime that is away says nothing about its Pods");
+    assert!(
+        began.elapsed() < Duration::from_secs(1),
+        "whoever gets no answer raises the alarm"
+    );
+    assert_eq!(
+        d.phase(&key),
+        "Running",
+        "a runtime that is away says nothing about its Pods"
+    );
     d.fake.set_down(false);
+    let took = d
+        .until("the second runs", || d.phase(&second) == "Running")
+        .await;
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    assert_eq!(d.fake.running(), ["main/0", "main/0"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_runtime_that_was_away_for_a_moment_holds_nobody_up() {
+    let d = Device::new();
+    let agent = d.start();
+    let mut runtime = agent.handle.runtime.clone();
     runtime.wait_for(|r| r.ready).await.unwrap();
-    assert_eq!(d.fake.running(), ["main/0"]);
+    d.fake.set_down(true);
+    let key = d.put(&pod("web", "u1"));
+    sleep(Duration::from_millis(300)).await;
+    d.fake.set_down(false);
+    let took = d.until("running", || d.phase(&key) == "Running").await;
+    assert!(took < Duration::from_secs(2), "{took:?}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -393,9 +508,18 @@ async fn an_image_that_cannot_be_pulled_backs_off_and_is_tried_again() {
     d.fake.publish("r.example/private:1", Some("edge"));
     let took = d.until("running", || d.phase(&key) == "Running").await;
     assert!(took < Duration::from_secs(11), "{took:?}");
-    assert!(d.fake.calls().contains(&"PullImage r.example/private:1 edge".to_owned()));
+    assert!(
+        d.fake
+            .calls()
+            .contains(&"PullImage r.example/private:1 edge".to_owned())
+    );
     let reasons = d.reasons().join("\n");
-    for word in ["Pulling image", "Failed to pull image", "Error: ErrImagePull", "Successfully pulled"] {
+    for word in [
+        "Pulling image",
+        "Failed to pull image",
+        "Error: ErrImagePull",
+        "Successfully pulled",
+    ] {
         assert!(reasons.contains(word), "{word} in {reasons}");
     }
 }
@@ -430,9 +554,19 @@ async fn a_call_that_fails_is_made_again_and_said() {
         let key = d.put(&pod("web", "u1"));
         let took = d.until(call, || d.phase(&key) == "Running").await;
         assert!(took < Duration::from_secs(20), "{call}: {took:?}");
-        assert!(d.events.drain().iter().any(|e| e.reason == reason && e.message.contains("no luck")));
+        assert!(
+            d.events
+                .drain()
+                .iter()
+                .any(|e| e.reason == reason && e.message.contains("no luck"))
+        );
     }
-    for call in ["StopContainer", "StopPodSandbox", "RemoveContainer", "RemovePodSandbox"] {
+    for call in [
+        "StopContainer",
+        "StopPodSandbox",
+        "RemoveContainer",
+        "RemovePodSandbox",
+    ] {
         let d = Device::new();
         let _agent = d.start();
         let key = d.put(&pod("web", "u1"));
@@ -453,14 +587,23 @@ async fn a_sandbox_that_is_lost_is_made_again() {
     d.until("running", || d.phase(&key) == "Running").await;
     d.fake.lose_sandbox("u1");
     d.until("again", || d.fake.running() == ["main/1"]).await;
-    d.until("said", || d.status(&key)["containerStatuses"][0]["restartCount"] == 1).await;
+    d.until("said", || {
+        d.status(&key)["containerStatuses"][0]["restartCount"] == 1
+    })
+    .await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_successor_of_the_same_name_waits_for_nothing() {
     let d = Device::new();
     let _agent = d.start();
-    d.fake.program("main", Program { stubborn: true, ..Default::default() });
+    d.fake.program(
+        "main",
+        Program {
+            stubborn: true,
+            ..Default::default()
+        },
+    );
     let old = d.put(&pod("db-0", "u1"));
     d.until("running", || d.phase(&old) == "Running").await;
     d.remove(&old);
@@ -476,7 +619,13 @@ async fn a_successor_of_the_same_name_waits_for_nothing() {
 async fn a_port_of_the_device_is_waited_for_or_refused() {
     let d = Device::new();
     let _agent = d.start();
-    d.fake.program("main", Program { stubborn: true, ..Default::default() });
+    d.fake.program(
+        "main",
+        Program {
+            stubborn: true,
+            ..Default::default()
+        },
+    );
     let web = |name: &str, uid: &str| {
         let mut spec = pod(name, uid);
         spec["spec"]["containers"][0]["ports"] = json!([{"containerPort": 80, "hostPort": 80}]);
@@ -513,9 +662,13 @@ async fn nothing_starts_with_a_reference_that_has_not_come_and_all_follows_when_
 
     let settings = ObjectKey::named(Kind::ConfigMap, "default", "settings");
     let absent = vec![Object::absent(settings.clone())];
-    d.desired.commit(Batch { puts: absent, ..Default::default() });
+    d.desired.commit(Batch {
+        puts: absent,
+        ..Default::default()
+    });
     let reason = || d.status(&key)["containerStatuses"][0]["state"]["waiting"]["reason"].clone();
-    d.until("said", || reason() == "CreateContainerConfigError").await;
+    d.until("said", || reason() == "CreateContainerConfigError")
+        .await;
     d.put_object(settings, json!({"data": {"a": "b"}}));
     let took = d.until("running", || d.phase(&key) == "Running").await;
     assert!(took < Duration::from_secs(1), "{took:?}");
@@ -532,7 +685,11 @@ async fn a_malformed_pod_marks_itself_and_the_others_go_on() {
     let good = d.put(&pod("web", "u1"));
     d.until("running", || d.phase(&good) == "Running").await;
     let events = d.events.drain();
-    assert!(events.iter().any(|e| e.pod.contains("bad") && e.reason == "FailedValidation"));
+    assert!(
+        events
+            .iter()
+            .any(|e| e.pod.contains("bad") && e.reason == "FailedValidation")
+    );
     d.remove(&bad);
     d.until("forgotten", || d.desired.pods().len() == 1).await;
 }
@@ -562,20 +719,67 @@ async fn orphans_are_removed_only_once_the_cloud_has_said_that_the_set_is_comple
     d.until("running", || d.phase(&key) == "Running").await;
     agent.stop().await;
     // An agent whose store was lost.
-    let lost = Device { desired: Desired::in_memory(), ..d };
+    let lost = Device {
+        desired: Desired::in_memory(),
+        ..d
+    };
     let _agent = lost.start();
     sleep(Duration::from_secs(600)).await;
     assert_eq!(lost.fake.running(), ["main/0"]);
-    lost.desired.commit(Batch { complete: true, ..Default::default() });
+    lost.desired.commit(Batch {
+        complete: true,
+        ..Default::default()
+    });
     lost.until("removed", || lost.fake.is_empty()).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_object_of_others_costs_a_pod_nothing() {
+    let d = Device::new();
+    let _agent = d.start();
+    let keys: Vec<_> = (0..10)
+        .map(|n| d.put(&pod(&format!("p{n}"), &format!("u{n}"))))
+        .collect();
+    d.until("running", || keys.iter().all(|k| d.phase(k) == "Running"))
+        .await;
+    sleep(Duration::from_secs(60)).await;
+    d.fake.count_looks();
+    for n in 0..100 {
+        d.put_object(
+            ObjectKey::named(Kind::ConfigMap, "default", "others"),
+            json!({"data": {"n": n.to_string()}}),
+        );
+        sleep(Duration::from_millis(1)).await;
+    }
+    let looks = d.fake.count_looks();
+    assert!(looks < 5, "{looks} calls");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_said_to_be_gone_is_not_taken_back_by_a_new_agent() {
+    let d = Device::new();
+    let agent = d.start();
+    let key = d.put(&pod("web", "u1"));
+    d.until("running", || d.phase(&key) == "Running").await;
+    d.put(&deleted(pod("web", "u1"), 1));
+    d.until("gone", || d.gone(&key)).await;
+    agent.stop().await;
+    let mut changes = d.reports.changes();
+    changes.borrow_and_update();
+    let _agent = d.start();
+    sleep(Duration::from_secs(60)).await;
+    assert!(!changes.has_changed().unwrap(), "{:?}", d.reports.pod(&key));
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_device_at_rest_asks_its_runtime_rarely() {
     let d = Device::new();
     let _agent = d.start();
-    let keys: Vec<_> = (0..10).map(|n| d.put(&pod(&format!("p{n}"), &format!("u{n}")))).collect();
-    d.until("running", || keys.iter().all(|k| d.phase(k) == "Running")).await;
+    let keys: Vec<_> = (0..10)
+        .map(|n| d.put(&pod(&format!("p{n}"), &format!("u{n}"))))
+        .collect();
+    d.until("running", || keys.iter().all(|k| d.phase(k) == "Running"))
+        .await;
     sleep(Duration::from_secs(60)).await;
     d.fake.count_looks();
     sleep(Duration::from_secs(60)).await;

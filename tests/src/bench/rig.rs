@@ -1,0 +1,203 @@
+//! What the benchmark runs on: one control plane that everybody reaches over the same network,
+//! and a machine behind NAT for each node.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use super::api::Api;
+use crate::bed::{Bed, progress};
+use crate::cloud::Cloud;
+use crate::cluster::{Cluster, Options};
+use crate::containerd::Flavour;
+use crate::edge::{Edge, Transport};
+use crate::netns::{Backbone, Machine};
+use crate::peer::Peer;
+use crate::programs::K8S_1_37;
+use crate::wait::wait_for;
+use crate::world::condition;
+
+/// Which nodes are needed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Parts {
+    pub ours: bool,
+    pub websocket: bool,
+    pub peer: bool,
+}
+
+/// Whose node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    Quic,
+    Websocket,
+    Peer,
+}
+
+impl Side {
+    pub fn word(self) -> &'static str {
+        match self {
+            Side::Quic => "ours over QUIC",
+            Side::Websocket => "ours over WebSocket",
+            Side::Peer => "the stock kubelet",
+        }
+    }
+}
+
+/// A node as a measure sees it.
+#[derive(Clone, Copy)]
+pub struct Node<'a> {
+    pub side: Side,
+    pub name: &'a str,
+    pub machine: &'a Machine,
+    /// The agent's process.
+    pub pid: Option<i32>,
+}
+
+/// Fields are dropped in this order: the testbed, which sweeps the rest, goes last.
+pub struct Rig {
+    quic: Option<Edge>,
+    websocket: Option<Edge>,
+    peer: Option<Peer>,
+    pub cloud: Option<Cloud>,
+    pub cluster: Cluster,
+    pub kubeconfig: PathBuf,
+    _backbone: Backbone,
+    _bed: Arc<Bed>,
+}
+
+impl Rig {
+    pub fn start(parts: Parts) -> Result<Rig> {
+        let bed = Arc::new(Bed::scratch()?);
+        let backbone = Backbone::build(&bed)?;
+        let mut options = Options::new(K8S_1_37);
+        // A kubelet dials the API server itself, so that must be where its machine can reach it.
+        options.bind = Some(bed.host_address());
+        let cluster = Cluster::start(&bed, options)?;
+        let mut rig = Rig {
+            quic: None,
+            websocket: None,
+            peer: None,
+            cloud: None,
+            kubeconfig: cluster.kubeconfig.clone(),
+            cluster,
+            _backbone: backbone,
+            _bed: bed.clone(),
+        };
+        if parts.peer {
+            progress("starting a stock kubelet");
+            let release = K8S_1_37;
+            let peer = Peer::start(
+                &rig._backbone,
+                &rig.cluster,
+                "stock",
+                release,
+                Flavour::Built,
+            )?;
+            rig.peer = Some(peer);
+        }
+        if parts.ours {
+            progress("starting cloudcore and joining");
+            rig.cloud = Some(Cloud::start(&bed, &rig.kubeconfig)?);
+            rig.quic = Some(rig.joined("edge-quic", Transport::Quic)?);
+        }
+        if parts.websocket {
+            rig.websocket = Some(rig.joined("edge-ws", Transport::Websocket)?);
+        }
+        rig.wait_ready()?;
+        Ok(rig)
+    }
+
+    fn joined(&self, name: &str, transport: Transport) -> Result<Edge> {
+        let cloud = self.cloud.as_ref().context("no cloudcore runs")?;
+        let mut edge = Edge::prepare(&self._backbone, name, Flavour::Built)?;
+        edge.transport = transport;
+        edge.join(&cloud.invite(&[])?)?;
+        Ok(edge)
+    }
+
+    fn wait_ready(&mut self) -> Result<()> {
+        let kubectl = self.cluster.kubectl.clone();
+        let names: Vec<String> = self
+            .nodes()
+            .iter()
+            .map(|node| node.name.to_owned())
+            .collect();
+        for name in names {
+            let ready = wait_for(
+                &format!("Node {name} Ready"),
+                Duration::from_secs(90),
+                || {
+                    self.ensure_running()?;
+                    let node = kubectl.json(&["get", "node", &name])?;
+                    ensure!(condition(&node, "Ready") == Some("True"), "not Ready");
+                    Ok(())
+                },
+            );
+            ready.with_context(|| self.story())?;
+        }
+        Ok(())
+    }
+
+    /// Fails with the log of the first agent that has ended.
+    pub fn ensure_running(&mut self) -> Result<()> {
+        for edge in [&mut self.quic, &mut self.websocket].into_iter().flatten() {
+            edge.ensure_running()?;
+        }
+        match &mut self.peer {
+            Some(peer) => peer.kubelet.ensure_running(),
+            None => Ok(()),
+        }
+    }
+
+    /// Every node, ours first.
+    pub fn nodes(&self) -> Vec<Node<'_>> {
+        fn ours(side: Side, edge: &Edge) -> Node<'_> {
+            Node {
+                side,
+                name: &edge.name,
+                machine: &edge.machine,
+                pid: edge.pid(),
+            }
+        }
+        let quic = self.quic.as_ref().map(|edge| ours(Side::Quic, edge));
+        let websocket = self
+            .websocket
+            .as_ref()
+            .map(|edge| ours(Side::Websocket, edge));
+        let peer = self.peer.as_ref().map(|peer| Node {
+            side: Side::Peer,
+            name: &peer.name,
+            machine: &peer.machine,
+            pid: Some(peer.kubelet.pid),
+        });
+        [quic, websocket, peer].into_iter().flatten().collect()
+    }
+
+    /// One of ours and the peer: for what does not differ by transport.
+    pub fn pair(&self) -> Vec<Node<'_>> {
+        let mut nodes = self.nodes();
+        nodes.retain(|node| node.side != Side::Websocket);
+        nodes
+    }
+
+    pub fn api(&self) -> Result<Api> {
+        Api::new(&self.kubeconfig)
+    }
+
+    /// The ends of the logs, for a measure that failed.
+    pub fn story(&self) -> String {
+        let mut text = String::new();
+        if let Some(cloud) = &self.cloud {
+            text += &format!("--- cloudcore\n{}\n", cloud.tail(20));
+        }
+        for edge in [&self.quic, &self.websocket].into_iter().flatten() {
+            text += &format!("--- edgecore {}\n{}\n", edge.name, edge.tail(20));
+        }
+        if let Some(peer) = &self.peer {
+            text += &format!("--- kubelet\n{}\n", peer.kubelet.tail(10));
+        }
+        text
+    }
+}
