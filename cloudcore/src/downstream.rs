@@ -48,6 +48,9 @@ pub use self::versioned::Versioned;
 /// flow control does the rest when the index is slower than all feeds together.
 const QUEUE: usize = 256;
 
+/// Between two looks for marks of a cluster that went back in time.
+const SEEN_AGAIN: Duration = Duration::from_millis(20);
+
 /// Asks for a consistent list that wait for a feed; a session that finds no place waits in line.
 const ASKS: usize = 64;
 
@@ -157,17 +160,29 @@ impl Downstream {
                 answers.push(answer);
             }
             let (done, answer) = oneshot::channel();
-            let node = node.clone();
-            let asked = self.inbox.send(Input::ReadAgain { node, done }).await;
+            let of = node.clone();
+            let asked = self.inbox.send(Input::ReadAgain { node: of, done }).await;
             asked.map_err(|_| Unavailable::Stopping)?;
             answers.push(answer);
             let answered = futures::future::try_join_all(answers).await;
-            answered.map_err(|_| Unavailable::Stopping)
+            answered.map_err(|_| Unavailable::Stopping)?;
+            Ok(self.seen(&self.feed(node)).await)
         };
-        tokio::time::timeout(self.deadline, all)
-            .await
-            .map_err(|_| Unavailable::Deadline)??;
-        Ok(self.feed(node).snapshot().marks)
+        let marks = tokio::time::timeout(self.deadline, all).await;
+        marks.map_err(|_| Unavailable::Deadline)?
+    }
+
+    /// The node's marks, once each is one: after the cluster went back there are none for the
+    /// moment that it takes to see it again.
+    async fn seen(&self, feed: &NodeFeed) -> BTreeMap<Kind, u64> {
+        loop {
+            let marks = feed.snapshot().marks;
+            if marks.values().all(|mark| *mark > 0) {
+                return marks;
+            }
+            // Marks wake nobody, and this lasts a few round trips.
+            tokio::time::sleep(SEEN_AGAIN).await;
+        }
     }
 }
 

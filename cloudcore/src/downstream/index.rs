@@ -226,7 +226,7 @@ impl Index {
     pub fn pod_list_begins(&mut self, covered: &Covered, revision: u64) {
         self.listing_pods.clear();
         if *covered == Covered::All && revision < self.marks.pods {
-            self.rewind();
+            self.rewind(revision);
         }
     }
 
@@ -381,6 +381,9 @@ impl Index {
     pub fn service_list_ends(&mut self, revision: u64) {
         let affected = self.services.list_ends(revision);
         self.services_changed(affected);
+        if self.marks.services == 0 {
+            self.all_changed();
+        }
         self.changes.list_again |= revision < self.marks.services;
         self.marks.services = revision;
     }
@@ -448,7 +451,11 @@ impl Index {
     /// known: it is no edge's node, or not listed yet. That is no empty set, and takes nothing away.
     pub fn desired(&self, node: &NodeName) -> Option<Desired> {
         let edge = self.edges.get(node).filter(|e| e.listed.is_some())?;
-        let all_listed = self.nodes_listed && self.services.is_listed();
+        let Marks {
+            nodes, services, ..
+        } = self.marks;
+        let seen = nodes > 0 && services > 0;
+        let all_listed = seen && self.nodes_listed && self.services.is_listed();
         let mut desired = Desired {
             complete: all_listed,
             all_listed,
@@ -466,6 +473,7 @@ impl Index {
             desired.add(pod.key(), pod.shown());
             for reference in pod.references() {
                 desired.add(reference, self.shared.granted(reference, node));
+                desired.complete &= self.shared.is_granted_at(reference, node, 1);
             }
         }
         let services = self.services.of(&namespaces);
@@ -600,15 +608,21 @@ impl Index {
         self.changes.nodes.extend(self.edges.keys().cloned());
     }
 
-    /// A consistent list is below what was seen: the cluster was restored from a backup.
-    fn rewind(&mut self) {
+    /// A consistent list at `revision` is below what was seen: the cluster was restored from a
+    /// backup. Nothing is taken away, and nothing is complete before it was seen again.
+    fn rewind(&mut self, revision: u64) {
         self.pods.values_mut().for_each(Pod::rewind);
         self.shared.rewind(&mut self.orders);
-        self.marks = Marks::default();
+        // A feed that has noticed by itself may have listed the restored cluster already.
+        let forget = |mark: &mut u64| *mark = if *mark > revision { 0 } else { *mark };
+        self.marks.pods = 0;
+        forget(&mut self.marks.nodes);
+        forget(&mut self.marks.services);
         for edge in self.edges.values_mut() {
             edge.listed = edge.listed.map(|_| 0);
-            edge.node_listed = None;
+            edge.node_listed = edge.node_listed.filter(|listed| *listed <= revision);
         }
+        self.all_changed();
         self.changes.rewound = true;
         self.changes.list_again = true;
     }
