@@ -24,9 +24,12 @@ pub mod mode;
 mod pool;
 mod service;
 
+use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use kube::Client;
+use rand::Rng;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -59,6 +62,10 @@ pub enum KubeError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    #[error(
+        "kubeconfig {path} names a proxy-url, which is not supported: give one that reaches the API server directly"
+    )]
+    Proxy { path: String },
     #[error("TLS to the API server {server} cannot be set up")]
     Tls {
         server: String,
@@ -76,12 +83,12 @@ pub enum KubeError {
     )]
     NotInstalled,
     #[error("no token for ServiceAccount {NAMESPACE}/{SERVICE_ACCOUNT}")]
-    TokenRequest(#[source] kube::Error),
+    TokenRequest(#[source] Fault),
     #[error("{what} failed")]
     Api {
         what: String,
         #[source]
-        source: kube::Error,
+        source: Fault,
     },
     #[error("{what} holds something else than CloudCore wrote there: {why}")]
     Malformed { what: String, why: String },
@@ -95,10 +102,66 @@ pub enum KubeError {
     NoConstrainedImpersonation,
 }
 
+/// A request that failed, told in the API server's own words where it answered.
+#[derive(Debug)]
+pub struct Fault(pub kube::Error);
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            kube::Error::Api(status) => {
+                let (code, words) = (status.code, &status.message);
+                write!(f, "the API server answered {code}: {words}")
+            }
+            other => other.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for Fault {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match &self.0 {
+            // Below the answer there is only the same once more, spelt out field by field.
+            kube::Error::Api(_) => None,
+            other => other.source(),
+        }
+    }
+}
+
 impl KubeError {
     pub(crate) fn api(what: impl Into<String>) -> impl FnOnce(kube::Error) -> Self {
         let what = what.into();
-        move |source| Self::Api { what, source }
+        move |source| Self::Api {
+            what,
+            source: Fault(source),
+        }
+    }
+}
+
+/// How long a watch that broke waits before it begins again: half a second, twice as long each time
+/// up to five seconds, apart from one another. An API server that is back must not be kept waiting
+/// for by a cloud that has a handful of watches of its own.
+pub(crate) struct WatchBackoff(Duration);
+
+impl Default for WatchBackoff {
+    fn default() -> Self {
+        Self(Duration::from_millis(500))
+    }
+}
+
+impl Iterator for WatchBackoff {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        let wait = self.0;
+        self.0 = (wait * 2).min(Duration::from_secs(5));
+        Some(wait.mul_f64(rand::rng().random_range(0.7..1.0)))
+    }
+}
+
+impl kube::runtime::utils::Backoff for WatchBackoff {
+    fn reset(&mut self) {
+        *self = Self::default();
     }
 }
 
@@ -235,3 +298,6 @@ impl KubeTask {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -23,7 +23,7 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 /// The bytes that hexadecimal digits stand for; `None` for anything else.
 pub(crate) fn unhex(text: &str) -> Option<Vec<u8>> {
     let digits = text.as_bytes();
-    if digits.len() % 2 != 0 {
+    if !digits.len().is_multiple_of(2) {
         return None;
     }
     let digit = |b: u8| char::from(b).to_digit(16);

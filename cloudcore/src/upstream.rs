@@ -22,6 +22,8 @@
 mod api;
 mod difference;
 mod events;
+#[cfg(test)]
+mod fake;
 mod flight;
 mod nodes;
 mod patcher;
@@ -30,6 +32,8 @@ mod queue;
 mod reports;
 mod requests;
 mod shared;
+#[cfg(test)]
+mod tests;
 mod views;
 mod writer;
 
@@ -121,7 +125,12 @@ impl Upstream {
 
     /// The watches saw a change of this Node or of a Pod bound to it: what is held is compared.
     pub fn changed(&self, node: &NodeName) {
-        self.shared.changed(node);
+        self.shared.changed(node, false);
+    }
+
+    /// The endpoint of this node changed: its Node is compared.
+    pub fn endpoint_changed(&self, node: &NodeName) {
+        self.shared.changed(node, true);
     }
 
     /// The watches began anew: every node is compared.
@@ -129,7 +138,7 @@ impl Upstream {
         self.shared
             .present()
             .iter()
-            .for_each(|node| self.shared.changed(node));
+            .for_each(|node| self.shared.changed(node, true));
     }
 
     pub fn metrics(&self) -> Metrics {

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use common::ids::{NodeName, ObjectKey};
+use k8s_openapi::api::core::v1::Toleration;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -13,7 +14,7 @@ use crate::downstream::{self, Downstream, Malformed};
 use crate::kube::KubeClients;
 use crate::nodes::claim::Claim;
 use crate::nodes::keeper::EdgeNodes;
-use crate::nodes::tolerations::Tolerations;
+use crate::nodes::tolerations::{BoundPod, Tolerations};
 use crate::upstream::{Fresh, NodeView, NodeViews, PodView, PodViews, Upstream};
 
 /// The API server for the watches.
@@ -37,6 +38,10 @@ impl downstream::Clients for Clients {
 impl Fresh for Claim {
     fn fresh(&self) -> bool {
         Claim::fresh(self)
+    }
+
+    fn doubt(&self) {
+        Claim::doubt(self);
     }
 }
 
@@ -143,18 +148,15 @@ fn outlive(tolerations: &Tolerations, pod: &downstream::PodView) {
     let Some(ending) = pod.ending_tolerations() else {
         return;
     };
-    let object = serde_json::json!({
-        "metadata": {
-            "name": &*pod.name,
-            "namespace": &*pod.namespace,
-            "uid": &*pod.uid,
-            "resourceVersion": &*pod.resource_version,
-            "deletionTimestamp": pod.deletion_timestamp.as_deref(),
-        },
-        "spec": {"nodeName": pod.node.as_str(), "tolerations": ending, "containers": []},
-    });
-    match serde_json::from_value(object) {
-        Ok(pod) => tolerations.observe(&pod),
+    match serde_json::from_value::<Vec<Toleration>>(ending) {
+        Ok(ending) => tolerations.observe(&BoundPod {
+            namespace: &pod.namespace,
+            name: &pod.name,
+            uid: &pod.uid,
+            resource_version: &pod.resource_version,
+            deleting: pod.deletion_timestamp.is_some(),
+            tolerations: &ending,
+        }),
         Err(error) => tracing::warn!(pod = &*pod.name, %error, "tolerations that cannot be read"),
     }
 }

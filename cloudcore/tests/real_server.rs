@@ -3,6 +3,12 @@
 //! Ignored unless asked for, since it needs one: `CLOUDCORE_TEST_KUBECONFIG` names its kubeconfig.
 //! A controller manager should run too; no `cloudcore` may.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test stops at the first surprise and says how long things took"
+)]
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,14 +22,18 @@ use cloudcore::kube::epoch::{begin_epoch, read_epoch};
 use cloudcore::kube::{Access, Impersonation, KubeClients, Mode, status_code};
 use cloudcore::nodes::claim::Claims;
 use cloudcore::nodes::keeper;
-use cloudcore::nodes::tolerations::Tolerations;
+use cloudcore::nodes::tolerations::{BoundPod, Tolerations};
 use common::hub::proto::{JoinRequest, RefusalCode};
 use common::ids::NodeName;
 use common::pki::token::TokenSecret;
 use common::pki::{NodeIdentity, NodeKey};
+use futures::StreamExt;
+use futures::future::join_all;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, Secret};
-use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use kube::api::{
+    DeleteParams, ListParams, Patch, PatchParams, PostParams, WatchEvent, WatchParams,
+};
 use kube::{Api, Client};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
@@ -169,7 +179,7 @@ async fn check_tolerations(clients: &KubeClients, admin: &Client, stop: &Cancell
     let pods: Api<Pod> = Api::namespaced(admin.clone(), "default");
     eventually("the default tolerations have no end", async || {
         let pod = pods.get("on-a").await.unwrap();
-        handle.observe(&pod);
+        handle.observe(&BoundPod::read(&pod).unwrap());
         let tolerations = pod.spec.unwrap().tolerations.unwrap();
         assert!(tolerations.len() >= 2);
         tolerations
@@ -287,4 +297,72 @@ async fn a_device_on_a_real_api_server_from_join_to_revocation() {
         code_of(maps.list(&ListParams::default())).await
     );
     stop.cancel();
+}
+
+/// Streams of this process to the API server, over how many connections.
+fn connections(port: u16) -> usize {
+    let open = std::fs::read_to_string("/proc/self/net/tcp").unwrap();
+    let mine: Vec<_> = std::fs::read_dir("/proc/self/fd")
+        .unwrap()
+        .filter_map(|fd| std::fs::read_link(fd.unwrap().path()).ok())
+        .filter_map(|to| {
+            Some(
+                to.to_str()?
+                    .strip_prefix("socket:[")?
+                    .strip_suffix(']')?
+                    .to_string(),
+            )
+        })
+        .collect();
+    let to = format!(":{port:04X}");
+    let fields = |line: &str| {
+        line.split_whitespace()
+            .map(str::to_string)
+            .collect::<Vec<_>>()
+    };
+    let lines = open.lines().skip(1).map(fields);
+    lines
+        .filter(|f| f[2].ends_with(&to) && f[3] == "01" && mine.contains(&f[9]))
+        .count()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs a real API server with CloudCore's roles: CLOUDCORE_TEST_KUBECONFIG"]
+async fn three_hundred_watches_take_four_connections_and_all_are_served() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let kubeconfig = std::env::var("CLOUDCORE_TEST_KUBECONFIG").expect("the variable names a file");
+    let access = Access::find(Some(kubeconfig.as_ref())).await.unwrap();
+    let port = access.server().port_u16().unwrap();
+    let (clients, _task) = KubeClients::build(&access, Impersonation::Auto)
+        .await
+        .unwrap();
+    let before = connections(port);
+    let nodes: Api<Node> = Api::all(clients.own_watch());
+    let params = WatchParams::default().timeout(60);
+    let watches = (0..300).map(|_| async { nodes.watch(&params, "0").await.unwrap().boxed() });
+    let mut watches = join_all(watches).await;
+    println!(
+        "connections for 300 watches: {}",
+        connections(port) - before
+    );
+    assert_eq!(connections(port) - before, 4);
+    let name = format!("w-{:x}", rand::random::<u32>());
+    let own: Api<Node> = Api::all(clients.own());
+    let node: Node = serde_json::from_value(json!({"metadata": {"name": name}})).unwrap();
+    own.create(&PostParams::default(), &node).await.unwrap();
+    let seen = watches.iter_mut().map(async |watch| {
+        while let Some(event) = watch.next().await {
+            if let WatchEvent::Added(node) = event.unwrap()
+                && node.metadata.name.as_deref() == Some(name.as_str())
+            {
+                return true;
+            }
+        }
+        false
+    });
+    let seen = tokio::time::timeout(Duration::from_secs(20), join_all(seen))
+        .await
+        .unwrap();
+    assert!(seen.into_iter().all(|seen| seen));
+    own.delete(&name, &DeleteParams::default()).await.unwrap();
 }

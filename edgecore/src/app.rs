@@ -32,8 +32,8 @@ use crate::hub::tokens::{ASKS, SessionTokens};
 use crate::hub::{self, clock};
 use crate::join::{self, Join, JoinError};
 use crate::node::ca::{self, CaError};
-use crate::node::reporter;
 use crate::node::status::NodeConfig;
+use crate::node::{network, reporter};
 use crate::pods::jobs::Paths;
 use crate::pods::ledger::LedgerStore;
 use crate::pods::manager::{self, PodManager};
@@ -213,7 +213,17 @@ async fn assemble(
         cri: runtime,
         runtime: pods.runtime.clone(),
         from_cloud: from_cloud.subscribe(),
-        environment,
+        environment: environment.clone(),
+    });
+    let network_task = network::Task::build(network::Deps {
+        store: store.clone(),
+        desired: desired.clone(),
+        node_name: identity.node.to_string(),
+        pod_cidr: config.pod_cidr.clone(),
+        cni_config_dir: config.cni_config_dir.clone(),
+        cni_bin_dir: config.cni_bin_dir.clone(),
+        from_cloud: from_cloud.subscribe(),
+        environment: environment.subscribe(),
     });
     let shown = Shown {
         node: identity.node.to_string(),
@@ -246,6 +256,10 @@ async fn assemble(
     spawn(
         "the node's status",
         Box::pin(node_task.run(shutdown.clone())),
+    );
+    spawn(
+        "the Pods' network",
+        Box::pin(network_task.run(shutdown.clone())),
     );
     spawn("the hub", Box::pin(hub_task.run(shutdown.clone())));
     spawn(

@@ -2,4 +2,5 @@
 
 /// CRI v1 as `proto/cri.proto` has it.
 #[expect(clippy::derive_partial_eq_without_eq, reason = "the generator's taste")]
+#[rustfmt::skip]
 pub mod cri;

@@ -5,5 +5,6 @@ pub mod ca;
 pub mod dns;
 pub mod environment;
 pub mod facts;
+pub mod network;
 pub mod reporter;
 pub mod status;

@@ -16,7 +16,7 @@ use common::ids::NodeName;
 use common::pki::{ClusterId, NodeIdentity};
 
 use super::record::{Enrolment, records};
-use crate::kube::KubeError;
+use crate::kube::{KubeError, WatchBackoff};
 
 /// More changes than this between two looks of a reader, and it is told that it missed some.
 const CHANGES: usize = 1024;
@@ -149,7 +149,8 @@ fn judge(record: &Enrolment, identity: &NodeIdentity) -> Result<(), NotAllowed> 
 impl EnrolmentsTask {
     /// Ends with the token; a watch that breaks is begun again with backoff.
     pub async fn run(self, shutdown: CancellationToken) {
-        let events = watcher(records(&self.watch), watcher::Config::default()).default_backoff();
+        let events = watcher(records(&self.watch), watcher::Config::default())
+            .backoff(WatchBackoff::default());
         let mut events = events.inspect_err(|error| {
             tracing::warn!(error = %crate::chain(error), "the watch of enrolments broke; it begins again");
         }).boxed();

@@ -324,8 +324,13 @@ async fn an_ended_enrolment_needs_a_new_token() {
     let identity = bed.identity(&joined);
     let renewal = bed.enroller.renew(&identity, &key.request().unwrap()).await;
     assert!(matches!(renewal, Err(RenewError::NotEnrolled(_))));
-    // A token of later: the fake's clock stands still, so the record is set back.
+    // Made in the very second of the revocation: the recorded use still does not come again.
     let path = "/apis/fleet.cloudcore.io/v1alpha1/namespaces/edge-system/enrolments/a";
+    let mut ended = bed.fake.get(path).unwrap();
+    ended["spec"]["revoked"] = json!("2026-01-01T00:00:00Z");
+    bed.fake.put(path, ended);
+    assert_eq!(bed.refused(&request(&old, "a", &key)).await, RefusalRevoked);
+    // A token of later: the fake's clock stands still, so the record is set back.
     let mut ended = bed.fake.get(path).unwrap();
     ended["spec"]["revoked"] = json!("2025-12-31T00:00:00Z");
     bed.fake.put(path, ended);

@@ -31,24 +31,34 @@ impl Access {
                 token_file: Some(PathBuf::from(IN_CLUSTER_TOKEN)),
             });
         }
-        let config = Config::from_kubeconfig(&KubeConfigOptions::default())
-            .await
-            .map_err(|e| KubeError::NoAccess(Box::new(e)))?;
-        Ok(Self {
-            config,
-            token_file: None,
-        })
+        let file = Kubeconfig::read().map_err(|e| KubeError::NoAccess(Box::new(e)))?;
+        Self::from_file(file, "of the environment").await
     }
 
     async fn kubeconfig(path: &Path) -> Result<Self, KubeError> {
-        let failed = |source| KubeError::Kubeconfig {
-            path: path.display().to_string(),
-            source: Box::new(source),
-        };
-        let file = Kubeconfig::read_from(path).map_err(failed)?;
-        let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default())
-            .await
-            .map_err(failed)?;
+        let shown = path.display().to_string();
+        let file = Kubeconfig::read_from(path).map_err(|e| KubeError::Kubeconfig {
+            path: shown.clone(),
+            source: Box::new(e),
+        })?;
+        Self::from_file(file, &shown).await
+    }
+
+    async fn from_file(file: Kubeconfig, path: &str) -> Result<Self, KubeError> {
+        let clusters = file.clusters.iter().filter_map(|c| c.cluster.as_ref());
+        if clusters
+            .into_iter()
+            .any(|c| c.proxy_url.as_ref().is_some_and(|url| !url.is_empty()))
+        {
+            return Err(KubeError::Proxy { path: path.into() });
+        }
+        let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await;
+        let mut config = config.map_err(|e| KubeError::Kubeconfig {
+            path: path.into(),
+            source: Box::new(e),
+        })?;
+        // A proxy in the environment is for the way out; the API server is dialled directly.
+        config.proxy_url = None;
         Ok(Self {
             config,
             token_file: None,
@@ -61,7 +71,8 @@ impl Access {
         Client::try_from(self.config.clone()).map_err(|source| self.tls_error(source))
     }
 
-    pub(crate) fn server(&self) -> &http::Uri {
+    /// The API server's address.
+    pub fn server(&self) -> &http::Uri {
         &self.config.cluster_url
     }
 
@@ -88,5 +99,49 @@ impl Access {
             server: self.server().to_string(),
             source,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn read(text: &str) -> Result<Access, KubeError> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("k");
+        std::fs::write(&path, text).unwrap();
+        Access::find(Some(&path)).await
+    }
+
+    const GOOD: &str = r#"{"apiVersion": "v1", "kind": "Config",
+        "clusters": [{"name": "c", "cluster": {"server": "https://192.0.2.1:6443/x"}}],
+        "users": [{"name": "u", "user": {"token": "t"}}],
+        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+        "current-context": "x"}"#;
+
+    #[tokio::test]
+    async fn a_kubeconfig_names_the_server() {
+        let access = read(GOOD).await.unwrap();
+        assert_eq!(access.server().to_string(), "https://192.0.2.1:6443/x");
+        assert!(access.token_file().is_none());
+    }
+
+    #[tokio::test]
+    async fn a_kubeconfig_that_cannot_be_used_is_named() {
+        let proxied = GOOD.replace("\"server\"", "\"proxy-url\": \"http://p:1\", \"server\"");
+        for (text, want) in [
+            (proxied.as_str(), "proxy-url"),
+            ("{}", "cannot be used"),
+            ("nonsense: [", "cannot be used"),
+            (&GOOD.replace("\"x\"}", "\"y\"}"), "cannot be used"),
+        ] {
+            let error = read(text).await.err().unwrap().to_string();
+            assert!(error.contains(want), "{text}: {error}");
+        }
+        let none = Access::find(Some(Path::new("/nonexistent/k")))
+            .await
+            .err()
+            .unwrap();
+        assert!(none.to_string().contains("/nonexistent/k"), "{none}");
     }
 }

@@ -14,7 +14,7 @@ use kube::api::PostParams;
 use kube::{Api, Client};
 use tokio::sync::{Notify, watch};
 
-use super::{Access, KubeError, NAMESPACE, SERVICE_ACCOUNT, is_absent};
+use super::{Access, Fault, KubeError, NAMESPACE, SERVICE_ACCOUNT, is_absent};
 
 /// The shortest that most servers give, and the longest that a stolen one should work.
 const LIFETIME: Duration = Duration::from_secs(3600);
@@ -64,12 +64,11 @@ impl TokenSource {
     /// Never returns.
     pub(crate) async fn keep_fresh(&self) {
         loop {
-            let wait = *self.renew_in.borrow();
-            let early = tokio::time::timeout(wait, self.refused.notified()).await;
-            if early.is_ok() {
-                // A server that refuses every token must not be asked in a circle.
-                tokio::time::sleep(RETRY).await;
-            }
+            // A server that refuses every token must not be asked in a circle.
+            tokio::time::sleep(RETRY).await;
+            let wait = self.renew_in.borrow().saturating_sub(RETRY);
+            // Either the time has come, or the server refused the token before it.
+            let _ = tokio::time::timeout(wait, self.refused.notified()).await;
             if let Err(error) = self.renew().await {
                 self.renew_in.send_replace(RETRY);
                 tracing::warn!(error = %crate::chain(&error), "CloudCore's token was not renewed");
@@ -113,7 +112,7 @@ async fn request_token(client: &Client) -> Result<(HeaderValue, Duration), KubeE
             if is_absent(&e) {
                 KubeError::NotInstalled
             } else {
-                KubeError::TokenRequest(e)
+                KubeError::TokenRequest(Fault(e))
             }
         })?;
     let malformed = |why: &str| KubeError::Malformed {

@@ -212,6 +212,27 @@ mod tests {
     }
 
     #[test]
+    fn the_chart_takes_the_same_files() {
+        let chart = include_str!("../../../deploy/charts/cloudcore/templates/cluster.yaml");
+        for file in [
+            "serviceaccount.yaml",
+            "enrolments.crd.yaml",
+            "rbac.yaml",
+            "rbac-constrained.yaml",
+            "rbac-direct.yaml",
+        ] {
+            assert!(
+                chart.contains(&format!(".Files.Get \"files/{file}\"")),
+                "{file}"
+            );
+        }
+        // `install` uses the files as they are: what is a template to Helm would be noise to it.
+        for text in [NAMESPACE_YAML, ACCOUNT, CRDS, RBAC, CONSTRAINED, DIRECT] {
+            assert!(!text.contains("{{"));
+        }
+    }
+
+    #[test]
     fn cloudcore_itself_reads_secrets_in_its_own_namespace_only() {
         for rule in rules("ClusterRole", "cloudcore") {
             let resources = rule["resources"].to_string();

@@ -87,10 +87,7 @@ pub(crate) async fn ask(clients: &KubeClients) -> Result<Mode, KubeError> {
             &PostParams::default(),
             br#"{"apiVersion":"authentication.k8s.io/v1","kind":"SelfSubjectReview"}"#.to_vec(),
         )
-        .map_err(|e| KubeError::Api {
-            what: "building a SelfSubjectReview".into(),
-            source: kube::Error::BuildRequest(e),
-        })?;
+        .map_err(|e| KubeError::api("a SelfSubjectReview")(kube::Error::BuildRequest(e)))?;
     request
         .extensions_mut()
         .insert(super::service::AlwaysAsNode(node.clone()));
@@ -98,10 +95,7 @@ pub(crate) async fn ask(clients: &KubeClients) -> Result<Mode, KubeError> {
     let judged = judge(answer.as_ref().map_err(status_code), &node.user());
     match (judged, answer) {
         (Some(mode), _) => Ok(mode),
-        (None, Err(source)) => Err(KubeError::Api {
-            what: "a SelfSubjectReview as a node".into(),
-            source,
-        }),
+        (None, Err(e)) => Err(KubeError::api("a SelfSubjectReview as a node")(e)),
         (None, Ok(_)) => Err(KubeError::Malformed {
             what: "the answer to a SelfSubjectReview".into(),
             why: "it names no user".into(),

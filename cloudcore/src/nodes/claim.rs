@@ -15,17 +15,18 @@
 //!                  └ 15 s without one: not fresh (no status is written) ─► live again
 //! ```
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+mod lease;
+
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use jiff::Timestamp;
-use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, OwnerReference};
+use k8s_openapi::api::coordination::v1::Lease;
 use kube::Client;
-use kube::api::{ObjectMeta, PostParams};
+use kube::api::PostParams;
 use kube::core::params::GetParams;
 use kube::core::request;
 use rand::Rng;
@@ -36,17 +37,14 @@ use tokio_util::sync::CancellationToken;
 use common::ids::NodeName;
 
 use crate::enroll::record;
-use crate::kube::{KubeClients, KubeError, is_absent, is_conflict};
+use crate::kube::{Fault, KubeClients, KubeError, is_absent, is_conflict};
 use crate::nodes;
 
-/// Where Kubernetes keeps the Leases of nodes.
-pub const NAMESPACE: &str = "kube-node-lease";
-const LEASES: &str = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases";
-/// Which replica and session holds the node: `REPLICA/SESSION`.
-const SESSION: &str = "fleet.cloudcore.io/session";
+use lease::next_epoch;
+pub use lease::{Held, NAMESPACE};
 
-/// As the kubelet's, so that the node lifecycle controller treats both alike.
-const LEASE_SECONDS: i32 = 40;
+const LEASES: &str = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases";
+
 const RENEW_EVERY: Duration = Duration::from_secs(10);
 /// After this long without a renewal no status is written: the others count a Lease as lapsed only
 /// after 40 s, and a write that is on its way then has 25 s to arrive.
@@ -67,50 +65,9 @@ pub enum ClaimError {
     #[error("{0} was claimed by another session {TRIES} times in a row")]
     Contended(NodeName),
     #[error("the Lease of {0} was not claimed")]
-    Lease(NodeName, #[source] kube::Error),
+    Lease(NodeName, #[source] Fault),
     #[error("{0} was not claimed")]
     Kube(NodeName, #[source] KubeError),
-}
-
-/// What a Lease says of a session.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Held {
-    pub replica: String,
-    /// `REPLICA/SESSION`.
-    pub session: String,
-    pub epoch: i32,
-    pub renewed: Option<Timestamp>,
-    /// The Lease has not lapsed.
-    pub live: bool,
-}
-
-impl Held {
-    /// `None` when no CloudCore ever held the node.
-    pub fn read(lease: &Lease, now: Timestamp) -> Option<Self> {
-        let session = lease.metadata.annotations.as_ref()?.get(SESSION)?.clone();
-        let spec = lease.spec.clone().unwrap_or_default();
-        let renewed = spec.renew_time.map(|t| t.0);
-        let valid = i64::from(spec.lease_duration_seconds.unwrap_or(LEASE_SECONDS));
-        let live = renewed.is_some_and(|at| now.as_second() - at.as_second() < valid);
-        Some(Self {
-            replica: session
-                .rsplit_once('/')
-                .map_or(session.as_str(), |(r, _)| r)
-                .to_string(),
-            session,
-            epoch: spec.lease_transitions.unwrap_or(0),
-            renewed,
-            live,
-        })
-    }
-}
-
-/// The epoch of the next session: never one that was given before.
-///
-/// A Lease that CloudCore did not write says nothing; then only the floor counts.
-fn next_epoch(held: Option<&Held>, floor: i32) -> i32 {
-    let last = held.map_or(floor, |held| held.epoch);
-    last.max(0).saturating_add(1)
 }
 
 struct Live {
@@ -245,7 +202,7 @@ impl Claims {
                     return Ok(self.inner.admit(live));
                 }
                 Err(e) if is_conflict(&e) || is_absent(&e) => {}
-                Err(e) => return Err(ClaimError::Lease(node.clone(), e)),
+                Err(e) => return Err(ClaimError::Lease(node.clone(), Fault(e))),
             }
         }
         Err(ClaimError::Contended(node.clone()))
@@ -256,7 +213,7 @@ impl Claims {
         let mut owners = self.inner.owners();
         let before = owners.insert(node.clone(), uid.to_string());
         drop(owners);
-        if before.is_some_and(|before| before != uid) {
+        if before.as_deref() != Some(uid) {
             self.inner.hurry(node);
         }
     }
@@ -281,7 +238,7 @@ impl Inner {
         let present = self
             .read(node)
             .await
-            .map_err(|e| ClaimError::Lease(node.clone(), e))?;
+            .map_err(|e| ClaimError::Lease(node.clone(), Fault(e)))?;
         let held = present
             .as_ref()
             .and_then(|l| Held::read(l, Timestamp::now()));
@@ -318,7 +275,8 @@ impl Inner {
                 .map_err(|e| ClaimError::Kube(node.clone(), e))?
                 .and_then(|found| found.metadata.uid),
         };
-        Ok(build(node, session, epoch, acquired, uid))
+        let times = (acquired, Timestamp::now());
+        Ok(lease::build(node, session, epoch, times, uid))
     }
 
     fn admit(self: &Arc<Self>, live: Live) -> Claim {
@@ -423,10 +381,10 @@ impl Inner {
                     return Ok(true);
                 }
                 Err(e) if is_conflict(&e) || is_absent(&e) => {}
-                Err(e) => return Err(ClaimError::Lease(live.node.clone(), e)),
+                Err(e) => return Err(ClaimError::Lease(live.node.clone(), Fault(e))),
             }
             let present = self.read(&live.node).await;
-            let present = present.map_err(|e| ClaimError::Lease(live.node.clone(), e))?;
+            let present = present.map_err(|e| ClaimError::Lease(live.node.clone(), Fault(e)))?;
             if let Some(held) = present
                 .as_ref()
                 .and_then(|l| Held::read(l, Timestamp::now()))
@@ -485,39 +443,6 @@ fn enqueue(table: &mut Table, live: &Live, due: Instant) {
 fn unqueue(table: &mut Table, live: &Live) {
     if let Some(due) = live.moving().due.take() {
         table.queue.remove(&(due, live.node.clone()));
-    }
-}
-
-fn build(
-    node: &NodeName,
-    session: &str,
-    epoch: i32,
-    acquired: Timestamp,
-    uid: Option<String>,
-) -> Lease {
-    let owner = uid.map(|uid| OwnerReference {
-        api_version: "v1".into(),
-        kind: "Node".into(),
-        name: node.as_str().into(),
-        uid,
-        ..OwnerReference::default()
-    });
-    Lease {
-        metadata: ObjectMeta {
-            name: Some(node.as_str().into()),
-            namespace: Some(NAMESPACE.into()),
-            annotations: Some(BTreeMap::from([(SESSION.into(), session.into())])),
-            owner_references: owner.map(|owner| vec![owner]),
-            ..ObjectMeta::default()
-        },
-        spec: Some(LeaseSpec {
-            holder_identity: Some(node.as_str().into()),
-            lease_duration_seconds: Some(LEASE_SECONDS),
-            lease_transitions: Some(epoch),
-            acquire_time: Some(MicroTime(acquired)),
-            renew_time: Some(MicroTime(Timestamp::now())),
-            ..LeaseSpec::default()
-        }),
     }
 }
 

@@ -26,7 +26,7 @@ use super::tolerations::AUTONOMY;
 use super::{carries_finalizer, ensure, find, release};
 use crate::enroll::cache::Enrolments;
 use crate::enroll::record::{self, records};
-use crate::kube::{KubeError, is_absent, is_conflict};
+use crate::kube::{KubeError, WatchBackoff, is_absent, is_conflict};
 
 /// Nodes put right at once: a fleet whose Nodes were all deleted comes back at some hundred a
 /// second and leaves the API server room.
@@ -152,7 +152,9 @@ impl KeeperTask {
         self.keeper.enrolments.synced().await;
         let api: Api<PartialObjectMeta<Node>> = Api::all(self.watch.clone());
         let config = watcher::Config::default().labels(EDGE_LABEL);
-        let mut events = watcher(api, config).default_backoff().boxed();
+        let mut events = watcher(api, config)
+            .backoff(WatchBackoff::default())
+            .boxed();
         let (mut listed, mut complete) = (Map::new(), false);
         let mut due: BTreeMap<NodeName, Instant> = BTreeMap::new();
         let mut running: FuturesUnordered<Running> = FuturesUnordered::new();
@@ -182,8 +184,9 @@ impl KeeperTask {
                 event = events.next() => match event {
                     Some(Ok(event)) => {
                         complete |= matches!(event, watcher::Event::InitDone);
+                        let at = Instant::now() + settle(&event);
                         let touched = self.apply(event, &mut listed);
-                        due.extend(touched.into_iter().map(|name| (name, Instant::now())));
+                        due.extend(touched.into_iter().map(|name| (name, at)));
                     }
                     Some(Err(error)) => {
                         tracing::warn!(error = %crate::chain(&error), "the watch of edge Nodes broke; it begins again");
@@ -302,6 +305,18 @@ impl KeeperTask {
     }
 }
 
+/// A Node that went is mostly being made again by the step that let it go: its successor's event
+/// is waited for.
+fn settle(event: &watcher::Event<PartialObjectMeta<Node>>) -> Duration {
+    match event {
+        watcher::Event::Delete(_) => Duration::from_millis(250),
+        watcher::Event::Init
+        | watcher::Event::InitApply(_)
+        | watcher::Event::InitDone
+        | watcher::Event::Apply(_) => Duration::ZERO,
+    }
+}
+
 fn look(node: &PartialObjectMeta<Node>) -> Option<(NodeName, Seen)> {
     let meta = &node.metadata;
     let name = NodeName::parse(meta.name.as_deref()?).ok()?;
@@ -350,39 +365,41 @@ impl Keeper {
 
     /// Puts our finalizer and label back on a Node that we made.
     async fn adopt(&self, name: &NodeName) -> Result<(), KubeError> {
-        let Some(node) = find(&self.client, name).await? else {
-            return Ok(());
-        };
-        if node.metadata.deletion_timestamp.is_some() {
-            return Ok(());
-        }
-        if !birth::is_ours(&node, &self.cluster) {
-            tracing::warn!(node = %name, "a Node of an enrolled device's name exists that CloudCore did not make; it is left alone");
-            return Ok(());
-        }
-        let mut finalizers = node.finalizers().to_vec();
-        if !carries_finalizer(&node) {
-            finalizers.push(FINALIZER.into());
-        }
-        let patch = json!({"metadata": {
-            "finalizers": finalizers,
-            "labels": {EDGE_LABEL: ""},
-            "uid": node.metadata.uid,
-            "resourceVersion": node.metadata.resource_version,
-        }});
         let nodes: Api<Node> = Api::all(self.client.clone());
-        match nodes
-            .patch(
-                name.as_str(),
-                &PatchParams::default(),
-                &Patch::Merge(&patch),
-            )
-            .await
-        {
-            Ok(_) => Ok(()),
-            Err(e) if is_absent(&e) => Ok(()),
-            Err(e) => Err(KubeError::api(format!("taking Node {name} into care"))(e)),
+        while let Some(node) = find(&self.client, name).await? {
+            if node.metadata.deletion_timestamp.is_some() {
+                return Ok(());
+            }
+            if !birth::is_ours(&node, &self.cluster) {
+                tracing::warn!(node = %name, "a Node of an enrolled device's name exists that CloudCore did not make; it is left alone");
+                return Ok(());
+            }
+            if carries_finalizer(&node) && node.labels().contains_key(EDGE_LABEL) {
+                return Ok(());
+            }
+            let mut finalizers = node.finalizers().to_vec();
+            if !carries_finalizer(&node) {
+                finalizers.push(FINALIZER.into());
+            }
+            let patch = json!({"metadata": {
+                "finalizers": finalizers,
+                "labels": {EDGE_LABEL: ""},
+                "uid": node.metadata.uid,
+                "resourceVersion": node.metadata.resource_version,
+            }});
+            let params = PatchParams::default();
+            match nodes
+                .patch(name.as_str(), &params, &Patch::Merge(&patch))
+                .await
+            {
+                Ok(_) => return Ok(()),
+                Err(e) if is_absent(&e) => return Ok(()),
+                // Its status changes all the time: each loss is somebody's progress.
+                Err(e) if is_conflict(&e) => {}
+                Err(e) => return Err(KubeError::api(format!("taking Node {name} into care"))(e)),
+            }
         }
+        Ok(())
     }
 
     async fn rescue(&self, name: &NodeName) -> Result<(), KubeError> {

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::kube::{is_absent, is_conflict, status_code};
+use crate::kube::{Fault, is_absent, is_conflict, status_code};
 
 /// The Node's label that turns autonomy off, and its value.
 pub const AUTONOMY: (&str, &str) = ("edge.cloudcore.io/autonomy", "disabled");
@@ -47,20 +47,42 @@ pub fn endless(tolerations: &[Toleration]) -> Option<Vec<Toleration>> {
     Some(tolerations.iter().map(without).collect())
 }
 
+/// What of a Pod that is bound to an edge node decides.
+#[derive(Debug, Clone, Copy)]
+pub struct BoundPod<'a> {
+    pub namespace: &'a str,
+    pub name: &'a str,
+    pub uid: &'a str,
+    pub resource_version: &'a str,
+    pub deleting: bool,
+    pub tolerations: &'a [Toleration],
+}
+
+impl<'a> BoundPod<'a> {
+    /// `None` for a Pod that is bound nowhere.
+    pub fn read(pod: &'a Pod) -> Option<Self> {
+        let (meta, spec) = (&pod.metadata, pod.spec.as_ref()?);
+        spec.node_name.as_ref()?;
+        Some(Self {
+            namespace: meta.namespace.as_deref()?,
+            name: meta.name.as_deref()?,
+            uid: meta.uid.as_deref()?,
+            resource_version: meta.resource_version.as_deref()?,
+            deleting: meta.deletion_timestamp.is_some(),
+            tolerations: spec.tolerations.as_deref().unwrap_or_default(),
+        })
+    }
+}
+
 /// The patch that makes a bound Pod outlive its node's absence; `None` when nothing is to change.
 /// It holds for the Pod as it was seen: another UID or a later change refuses it.
-pub fn patch(pod: &Pod) -> Option<Value> {
-    let spec = pod.spec.as_ref()?;
-    spec.node_name.as_ref()?;
-    if pod.metadata.deletion_timestamp.is_some() {
+pub fn patch(pod: &BoundPod<'_>) -> Option<Value> {
+    if pod.deleting {
         return None;
     }
-    let tolerations = endless(spec.tolerations.as_deref()?)?;
+    let tolerations = endless(pod.tolerations)?;
     Some(json!({
-        "metadata": {
-            "uid": pod.metadata.uid,
-            "resourceVersion": pod.metadata.resource_version,
-        },
+        "metadata": {"uid": pod.uid, "resourceVersion": pod.resource_version},
         "spec": {"tolerations": tolerations},
     }))
 }
@@ -99,11 +121,8 @@ impl Tolerations {
 
     /// Looks at a Pod that is bound to an edge node with autonomy. Called at every event of it: a
     /// Pod that needs nothing costs nothing.
-    pub fn observe(&self, pod: &Pod) {
-        let (Some(name), Some(namespace)) = (&pod.metadata.name, &pod.metadata.namespace) else {
-            return;
-        };
-        let key = (namespace.clone(), name.clone());
+    pub fn observe(&self, pod: &BoundPod<'_>) {
+        let key = (pod.namespace.to_string(), pod.name.to_string());
         let mut waiting = self
             .inner
             .waiting
@@ -147,7 +166,7 @@ impl TolerationsTask {
                 sent = self.send(&key, &patch) => sent,
             };
             if let Err(error) = sent {
-                tracing::warn!(pod = %format!("{}/{}", key.0, key.1), error = %crate::chain(&error), "the Pod's tolerations were not changed");
+                tracing::warn!(pod = %format!("{}/{}", key.0, key.1), error = %crate::chain(&Fault(error)), "the Pod's tolerations were not changed");
                 self.put_back(key, patch);
                 tokio::select! {
                     biased;
@@ -169,7 +188,7 @@ impl TolerationsTask {
             Err(e) if is_absent(&e) || is_conflict(&e) => Ok(()),
             // An admission rule of the cluster forbids it: that is its operator's decision.
             Err(e) if matches!(status_code(&e), Some(403 | 422)) => {
-                tracing::warn!(pod = %format!("{namespace}/{name}"), error = %crate::chain(&e), "the Pod keeps its default tolerations");
+                tracing::warn!(pod = %format!("{namespace}/{name}"), error = %crate::chain(&Fault(e)), "the Pod keeps its default tolerations");
                 Ok(())
             }
             Err(e) => Err(e),
@@ -234,18 +253,18 @@ mod tests {
     #[test]
     fn a_pod_that_ends_or_is_bound_nowhere_is_left_alone() {
         let bound = pod(vec![toleration(ABSENCE[0], "NoExecute", Some(300))]);
-        let sent = patch(&bound).unwrap();
+        let sent = patch(&BoundPod::read(&bound).unwrap()).unwrap();
         assert_eq!(
             sent["metadata"],
             json!({"uid": "u", "resourceVersion": "5"})
         );
         let mut unbound = bound.clone();
         unbound.spec.as_mut().unwrap().node_name = None;
-        assert!(patch(&unbound).is_none());
-        let mut ending = bound;
-        ending.metadata.deletion_timestamp = Some(
-            k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(jiff::Timestamp::UNIX_EPOCH),
-        );
+        assert!(BoundPod::read(&unbound).is_none());
+        let ending = BoundPod {
+            deleting: true,
+            ..BoundPod::read(&bound).unwrap()
+        };
         assert!(patch(&ending).is_none());
     }
 
@@ -264,7 +283,7 @@ mod tests {
         let (handle, task) = Tolerations::build(fake.client());
         let stop = CancellationToken::new();
         let running = tokio::spawn(task.run(stop.clone()));
-        handle.observe(&seen);
+        handle.observe(&BoundPod::read(&seen).unwrap());
         tokio::time::sleep(RETRY * 2).await;
         let after: Pod = serde_json::from_value(fake.get(path).unwrap()).unwrap();
         assert_eq!(

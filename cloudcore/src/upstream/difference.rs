@@ -156,7 +156,9 @@ pub(super) fn conditions(
             parts.push(merged(there, condition, now));
         }
     }
-    for kind in whose.removable {
+    // A report without the list says nothing of conditions; an empty list says that there is none.
+    let silent = report.get("conditions").is_none_or(Value::is_null);
+    for kind in whose.removable.iter().filter(|_| !silent) {
         let is_said = said.iter().any(|(k, _)| k == kind);
         if !is_said && find(current, kind).is_some() {
             parts.push(json!({"type": kind, "$patch": "delete"}));

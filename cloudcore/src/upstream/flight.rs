@@ -35,7 +35,7 @@ const NO_NODE: Duration = Duration::from_secs(10);
 enum Act {
     /// The report is not this node's to make.
     Refuse(&'static str),
-    Send(Sending),
+    Send(Box<Sending>),
     Settled {
         finished: bool,
         revision: u64,
@@ -189,13 +189,13 @@ fn pod_act(shared: &Shared, taken: &Taken, held: &Held) -> Act {
         }
         Step::Settled { finished } => return Act::Settled { finished, revision },
     };
-    Act::Send(Sending {
+    Act::Send(Box::new(Sending {
         call,
         purpose,
         report,
         current,
         revision,
-    })
+    }))
 }
 
 fn node_act(shared: &Shared, taken: &Taken, held: &Held) -> Act {
@@ -211,13 +211,13 @@ fn node_act(shared: &Shared, taken: &Taken, held: &Held) -> Act {
             body: json!({"metadata": {}}),
         };
         let current = Value::Null;
-        return Act::Send(Sending {
+        return Act::Send(Box::new(Sending {
             call,
             purpose: Purpose::Ask,
             report,
             current,
             revision: 0,
-        });
+        }));
     };
     let current = parsed(&status);
     let patch = nodes::status_patch(&current, &report, shared.now())
@@ -232,13 +232,13 @@ fn node_act(shared: &Shared, taken: &Taken, held: &Held) -> Act {
     let call = Call::PatchNodeStatus {
         body: json!({"metadata": metadata, "status": patch}),
     };
-    Act::Send(Sending {
+    Act::Send(Box::new(Sending {
         call,
         purpose: Purpose::Status,
         report,
         current,
         revision,
-    })
+    }))
 }
 
 /// What still differs between a state and a report.
@@ -312,6 +312,7 @@ fn failed(
     match &error {
         WriteError::Conflict => {
             shared.count(Counter::Conflicts);
+            sitting.claim.doubt();
             shared.held(taken, sitting, |held| {
                 held.stale = held.stale.max(sending.revision);
                 held.returned = None;

@@ -178,7 +178,7 @@ pub(super) fn to_forget(
     most: usize,
 ) -> Vec<NodeName> {
     let mut ended: Vec<_> = ended.collect();
-    ended.sort_by(|a, b| b.1.cmp(&a.1));
+    ended.sort_by_key(|(_, at)| std::cmp::Reverse(*at));
     let keep = ended
         .iter()
         .take(most)

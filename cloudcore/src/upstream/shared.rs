@@ -191,7 +191,7 @@ impl Shared {
         };
         state.nodes.entry(node.clone()).or_default().session = Some(session);
         drop(state);
-        self.changed(node);
+        self.changed(node, true);
         (id, wake)
     }
 
@@ -226,19 +226,47 @@ impl Shared {
         self.wake.notify_one();
     }
 
-    /// Something of this node changed in the API: everything held of it is compared.
-    pub(super) fn changed(&self, node: &NodeName) {
+    /// Something of this node changed in the API: what the watch shows at another resourceVersion
+    /// than the one compared last is compared. `all`: everything, whatever the watch shows.
+    pub(super) fn changed(&self, node: &NodeName, all: bool) {
+        let compared: Vec<_> = self.reports(node, |reports| {
+            let compared = |h: &Held| h.compared.map(|(revision, _)| revision);
+            reports
+                .held
+                .iter()
+                .map(|(k, h)| (k.clone(), compared(h)))
+                .collect()
+        });
+        // The views have locks of their own: never asked under ours.
+        let differing: Vec<ObjectKey> = compared
+            .into_iter()
+            .filter(|(key, revision)| {
+                let seen = self.seen(node, key);
+                all || revision.is_none() || seen.is_none() || seen != *revision
+            })
+            .map(|(key, _)| key)
+            .collect();
         let mut state = self.state();
         let state = &mut *state;
-        let Some(of_node) = state.nodes.get(node).filter(|n| n.session.is_some()) else {
+        if state.nodes.get(node).is_none_or(|n| n.session.is_none()) {
             return;
-        };
-        for key in of_node.reports.held.keys() {
+        }
+        for key in &differing {
             if !state.queue.mark(node, key) {
                 self.count(Counter::Coalesced);
             }
         }
         self.wake.notify_one();
+    }
+
+    /// The resourceVersion at which the watch shows an object.
+    fn seen(&self, node: &NodeName, key: &ObjectKey) -> Option<u64> {
+        match key.kind {
+            Kind::Node => self.nodes.node(node).map(|n| n.resource_version),
+            Kind::Pod | Kind::ConfigMap | Kind::Secret | Kind::Services | Kind::Unknown(_) => {
+                self.pods.pod(&key.uid).map(|p| p.resource_version)
+            }
+        }
     }
 
     /// The nodes that have a session.
@@ -331,12 +359,7 @@ impl Shared {
     /// What a write returned counts until the watch has caught up with it, and only within its own
     /// flight when the watch does not know the object: it may have been deleted since.
     pub(super) fn sitting(&self, taken: &Taken, first: bool) -> Option<Sitting> {
-        let seen = match taken.key.kind {
-            Kind::Node => self.nodes.node(&taken.node).map(|n| n.resource_version),
-            Kind::Pod | Kind::ConfigMap | Kind::Secret | Kind::Services | Kind::Unknown(_) => {
-                self.pods.pod(&taken.key.uid).map(|p| p.resource_version)
-            }
-        };
+        let seen = self.seen(&taken.node, &taken.key);
         let mut state = self.state();
         let of_node = state.nodes.get_mut(&taken.node)?;
         let session = of_node.session.as_ref()?;

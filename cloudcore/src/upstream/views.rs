@@ -46,6 +46,9 @@ pub trait NodeViews: Send + Sync + 'static {
 pub trait Fresh: Send + Sync + 'static {
     /// The Lease was renewed so lately that nobody else can hold the node.
     fn fresh(&self) -> bool;
+    /// A write met somebody else's: it may be another holder of the node, worth a look at the
+    /// Lease before its next renewal. Must not block.
+    fn doubt(&self);
 }
 
 /// Where the API server reaches a node's kubelet endpoint.

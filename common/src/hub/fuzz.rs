@@ -12,7 +12,7 @@ use crate::pki::{ClusterId, JoinToken, KeyId, NodeIdentity, check_reenrolment, c
 /// Any bytes as messages of a peer: each message is a length byte times 16 and that many bytes.
 /// What can be read as a frame is written back as the same bytes' meaning.
 pub fn mux(data: &[u8]) {
-    let mut mux = Mux::new(Side::Listener, 4);
+    let mut mux = Mux::new(Side::Listener, 4, 4);
     // A stream of our own, so that the peer's answers to it are reached.
     if let Some(id) = mux.open(Class::Interactive) {
         let written = mux.write(id, &mut Bytes::from_static(&[7; 5000]));

@@ -201,6 +201,13 @@ impl Listener {
         Ok(())
     }
 
+    /// Waits until the last words of closed QUIC sessions have left, at most `limit`. Before the
+    /// process ends.
+    pub async fn drain(&self, limit: Duration) {
+        // Whoever has not acknowledged by then learns it from silence.
+        drop(tokio::time::timeout(limit, self.shared.endpoint.wait_idle()).await);
+    }
+
     /// How many were turned away, by reason.
     pub fn refused(&self) -> Refused {
         self.shared.gate.refused()
@@ -384,7 +391,7 @@ enum Face {
 
 /// A device that asks to join. It has shown nothing yet but its request.
 pub struct JoinStream {
-    request: JoinRequest,
+    request: Box<JoinRequest>,
     remote: SocketAddr,
     /// Boxed: a join waits in the same queue as sessions, which are a few words.
     stream: Box<tokio_rustls::server::TlsStream<Socket>>,
@@ -397,7 +404,7 @@ impl JoinStream {
         remote: SocketAddr,
     ) -> Result<Self, TransportError> {
         let bytes = read_framed(&mut stream, JOIN_REQUEST_LIMIT).await?;
-        let request = decode_request(&bytes)?;
+        let request = Box::new(decode_request(&bytes)?);
         Ok(Self {
             request,
             remote,

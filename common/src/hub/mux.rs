@@ -107,7 +107,8 @@ struct Stream {
 /// One end of a multiplexed connection.
 pub struct Mux {
     side: Side,
-    max_streams: usize,
+    max_local: usize,
+    max_remote: usize,
     streams: BTreeMap<u32, Stream>,
     next_local: u32,
     last_remote: u32,
@@ -132,12 +133,13 @@ pub struct Mux {
 }
 
 impl Mux {
-    /// `max_streams`: how many streams of ours may be open at once. The peer may have twice as
-    /// many, since the two ends see a stream's end at different times.
-    pub fn new(side: Side, max_streams: usize) -> Self {
+    /// How many streams of ours may be open at once, and how many of the peer's. Of those twice as
+    /// many are let in, since the two ends see a stream's end at different times.
+    pub fn new(side: Side, ours: usize, theirs: usize) -> Self {
         Self {
             side,
-            max_streams,
+            max_local: ours,
+            max_remote: theirs.saturating_mul(2),
             streams: BTreeMap::new(),
             next_local: match side {
                 Side::Dialler => 1,
@@ -165,7 +167,7 @@ impl Mux {
     /// A new stream, or nothing while as many as allowed are open; [`Event::Slot`] follows.
     pub fn open(&mut self, class: Class) -> Option<u32> {
         // Numbers end after two thousand million streams; the connection is long gone by then.
-        if self.local_open >= self.max_streams || self.next_local > u32::MAX - 2 {
+        if self.local_open >= self.max_local || self.next_local > u32::MAX - 2 {
             self.slot_wanted = true;
             return None;
         }
@@ -317,7 +319,7 @@ impl Mux {
             return Err(Violation::OpenOrder(id));
         }
         self.last_remote = id;
-        if self.remote_open >= self.max_streams.saturating_mul(2) {
+        if self.remote_open >= self.max_remote {
             if self.control.len() + 2 > MAX_CONTROL {
                 return Err(Violation::Flood);
             }

@@ -24,14 +24,14 @@ pub(super) fn endpoint_config() -> EndpointConfig {
 }
 
 fn transport(config: &LinkConfig, side: Side) -> Arc<quinn::TransportConfig> {
-    let streams = u32::from(config.max_streams);
-    let both = u64::from(streams) * 2;
+    let (ours, theirs) = config.streams(side);
+    let both = u64::from(ours) + u64::from(theirs);
     // With less, stalled streams use up the connection's window and freeze the rest.
     let window = both * u64::from(config.stream_window);
     let window_varint = VarInt::from_u64(window).unwrap_or(VarInt::MAX);
     let idle = IdleTimeout::try_from(config.dead_after).unwrap_or(VarInt::from_u32(45_000).into());
     let mut t = quinn::TransportConfig::default();
-    t.max_concurrent_bidi_streams(streams.into())
+    t.max_concurrent_bidi_streams(u32::from(theirs).into())
         .max_concurrent_uni_streams(match side {
             // The listener's one word that the handshake is complete.
             Side::Dialler => 1u32.into(),

@@ -22,8 +22,10 @@ use prost::Message;
 use rustls_pki_types::CertificateDer;
 use tokio::sync::Mutex;
 
+use super::mux::Side;
 use super::proto::StreamHead;
 use super::{quic, ws};
+use crate::pki::{NodeIdentity, PkiError};
 
 mod counters;
 mod error;
@@ -100,13 +102,26 @@ pub struct LinkConfig {
     pub ping_every: Duration,
     /// A link on which nothing arrives for this long is dead.
     pub dead_after: Duration,
-    /// Streams that each side may have open: 64 tunnels and the session's own.
-    pub max_streams: u16,
+    /// Streams that the cloud may have open: 64 tunnels and a few of the session's own.
+    pub cloud_streams: u16,
+    /// Streams that the device may have open: its lanes, and room to grow. Fewer, because quinn
+    /// sets aside room at the cloud for each that may come.
+    pub device_streams: u16,
     /// QUIC only: what a stream may carry beyond its reader. The connection's window is this times
     /// all streams of both sides, so that stalled streams never stop the others.
     pub stream_window: u32,
     /// QUIC only: probes cost an idle link bytes.
     pub mtu_discovery: bool,
+}
+
+impl LinkConfig {
+    /// How many streams an end may open, and how many its peer.
+    pub(super) fn streams(&self, side: Side) -> (u16, u16) {
+        match side {
+            Side::Dialler => (self.device_streams, self.cloud_streams),
+            Side::Listener => (self.cloud_streams, self.device_streams),
+        }
+    }
 }
 
 impl Default for LinkConfig {
@@ -115,7 +130,8 @@ impl Default for LinkConfig {
             keep_alive: Duration::from_secs(25),
             ping_every: Duration::from_secs(20),
             dead_after: Duration::from_secs(45),
-            max_streams: 72,
+            cloud_streams: 72,
+            device_streams: 24,
             stream_window: 64 * 1024,
             mtu_discovery: false,
         }
@@ -272,6 +288,13 @@ impl Connection {
     /// The peer's chain as verified, leaf first.
     pub fn peer_certificates(&self) -> &[CertificateDer<'static>] {
         &self.shared.peer
+    }
+
+    /// Who the peer is by its certificate; for the cloud's end.
+    pub fn identity(&self) -> Result<NodeIdentity, PkiError> {
+        let leaf = self.shared.peer.first();
+        let leaf = leaf.ok_or(PkiError::NotANode("the peer showed no certificate"))?;
+        NodeIdentity::from_certificate(leaf)
     }
 
     /// Over QUIC it may change while the connection lives.

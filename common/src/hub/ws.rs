@@ -161,9 +161,10 @@ fn start(ws: Wire, remote: SocketAddr, side: Side, link: &LinkConfig) -> Connect
         .peer_certificates()
         .map(<[_]>::to_vec)
         .unwrap_or_default();
+    let (ours, theirs) = link.streams(side);
     let core = Arc::new(Core {
         state: Mutex::new(State {
-            mux: Mux::new(side, usize::from(link.max_streams)),
+            mux: Mux::new(side, usize::from(ours), usize::from(theirs)),
             wakers: BTreeMap::new(),
             ended: None,
             ponged: false,

@@ -7,9 +7,10 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures::StreamExt;
 use futures::stream::BoxStream;
 use jiff::Timestamp;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, broadcast};
 use tokio::time::{Instant, sleep};
 
 use super::{Changed, Cri, CriError, CriFuture, Failure, api, convert};
@@ -62,6 +63,7 @@ struct State {
     faults: Vec<(&'static str, CriError)>,
     delays: BTreeMap<&'static str, Duration>,
     calls: Vec<String>,
+    events: Option<broadcast::Sender<String>>,
     looks: usize,
     down: bool,
     no_network: bool,
@@ -131,6 +133,27 @@ impl Fake {
     /// Makes every call of this name take this long.
     pub fn delay(&self, call: &'static str, time: Duration) {
         self.state().delays.insert(call, time);
+    }
+
+    /// Gives events from now on, as newer runtimes do.
+    pub fn with_events(&self) {
+        // More than the few containers of a test change between two looks.
+        self.state().events = Some(broadcast::channel(64).0);
+    }
+
+    /// Lets the time do what the programs say, and tells it as events.
+    pub fn tick(&self) {
+        let stamp = self.stamp();
+        let mut state = self.state();
+        let state = &mut *state;
+        for c in state.containers.values_mut().filter(|c| c.is_running()) {
+            c.advance(stamp);
+            let uid = c.config.labels.get(convert::POD_UID).cloned();
+            if let (Some(events), Some(uid), false) = (&state.events, uid, c.is_running()) {
+                // Nobody may be listening.
+                let _ = events.send(uid);
+            }
+        }
     }
 
     /// Takes the socket away, or brings it back; containers go on.
@@ -594,7 +617,19 @@ impl Cri for Fake {
     }
 
     fn container_events(&self) -> CriFuture<'_, BoxStream<'static, Result<Changed, CriError>>> {
-        unimplemented("GetContainerEvents")
+        Box::pin(async {
+            self.enter("GetContainerEvents").await?;
+            let Some(sender) = self.state().events.clone() else {
+                let why = "not in this runtime";
+                return Err(error("GetContainerEvents", Failure::Unimplemented, why));
+            };
+            let receiver = sender.subscribe();
+            let events = futures::stream::unfold(receiver, |mut receiver| async {
+                let uid = receiver.recv().await.ok()?;
+                Some((Ok(Some(uid)), receiver))
+            });
+            Ok(events.boxed())
+        })
     }
 
     fn exec_sync<'a>(

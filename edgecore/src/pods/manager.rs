@@ -196,7 +196,14 @@ impl Task {
 
     /// Gives every Pod its worker and every worker its Pod.
     fn reconcile(&mut self, stop: &CancellationToken) {
-        for pod in self.shared.desired.pods() {
+        let mut pods = self.shared.desired.pods();
+        // One that is wanted again while its removal goes on is wanted.
+        pods.sort_by_key(|p| p.removed);
+        let mut seen = BTreeSet::new();
+        for pod in pods {
+            if !seen.insert(pod.key.uid.clone()) {
+                continue;
+            }
             let uid = pod.key.uid.to_string();
             match self.workers.get(&uid) {
                 Some(worker) => {

@@ -70,10 +70,13 @@ pub enum NetworkError {
     )]
     NoneFree,
     #[error(
-        "CNI plugins {missing:?} are missing in {dir}: install them (Debian: the package \
+        "CNI plugins {missing:?} are in none of {dirs:?}: install them (Debian: the package \
          containernetworking-plugins) or give the directory that has them"
     )]
-    Plugins { missing: Vec<String>, dir: PathBuf },
+    Plugins {
+        missing: Vec<String>,
+        dirs: Vec<PathBuf>,
+    },
     #[error("cannot keep the range of Pods: {0}")]
     Keep(String),
     #[error("cannot {what} {path}")]
@@ -88,7 +91,8 @@ pub enum NetworkError {
 #[derive(Debug, Clone)]
 pub struct NetworkConfig {
     pub conf_dir: PathBuf,
-    pub bin_dir: PathBuf,
+    /// Where plugins may be; the runtime's own configuration says which of them it uses.
+    pub bin_dirs: Vec<PathBuf>,
     /// The bridge; two agents on one device need two names (at most 15 characters).
     pub bridge: String,
 }
@@ -97,7 +101,10 @@ impl Default for NetworkConfig {
     fn default() -> Self {
         Self {
             conf_dir: "/etc/cni/net.d".into(),
-            bin_dir: "/opt/cni/bin".into(),
+            // Upstream's, Debian's and Fedora's.
+            bin_dirs: ["/opt/cni/bin", "/usr/lib/cni", "/usr/libexec/cni"]
+                .map(PathBuf::from)
+                .into(),
             bridge: "edge0".into(),
         }
     }
@@ -168,11 +175,12 @@ pub fn ensure(
             range
         }
     };
-    let missing = PLUGINS.iter().filter(|p| !config.bin_dir.join(p).exists());
+    let there = |plugin: &str| config.bin_dirs.iter().any(|d| d.join(plugin).exists());
+    let missing = PLUGINS.iter().filter(|p| !there(p));
     let missing: Vec<_> = missing.map(|p| (*p).to_owned()).collect();
     if !missing.is_empty() {
-        let dir = config.bin_dir.clone();
-        return Err(NetworkError::Plugins { missing, dir });
+        let dirs = config.bin_dirs.clone();
+        return Err(NetworkError::Plugins { missing, dirs });
     }
     let written = write(&config.conf_dir, &content(&config.bridge, range))?;
     Ok(Network::Own { range, written })
@@ -318,12 +326,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let config = NetworkConfig {
             conf_dir: dir.path().join("net.d"),
-            bin_dir: dir.path().join("bin"),
+            bin_dirs: vec![dir.path().join("none"), dir.path().join("bin")],
             bridge: "edge0".into(),
         };
-        fs::create_dir(&config.bin_dir).unwrap();
+        fs::create_dir(&config.bin_dirs[1]).unwrap();
         for plugin in PLUGINS {
-            fs::write(config.bin_dir.join(plugin), "").unwrap();
+            fs::write(config.bin_dirs[1].join(plugin), "").unwrap();
         }
         (dir, config)
     }
@@ -467,7 +475,7 @@ mod tests {
     #[test]
     fn missing_plugins_are_named_before_anything_is_written() {
         let (_dir, config) = bench();
-        fs::remove_file(config.bin_dir.join("portmap")).unwrap();
+        fs::remove_file(config.bin_dirs[1].join("portmap")).unwrap();
         let error = ensure(&config, &RangeInputs::default(), &Kept::default()).unwrap_err();
         assert!(error.to_string().contains("portmap"), "{error}");
         assert!(!config.conf_dir.exists());

@@ -228,46 +228,65 @@ impl Watcher {
         let mut picture = Picture::new();
         let mut events_known = true;
         loop {
-            if events_known {
-                match self.cri.container_events().await {
-                    Ok(events) => self.follow(events, &mut picture).await,
-                    Err(e) if e.failure == Failure::Unimplemented => events_known = false,
-                    Err(_) => {}
-                }
-            }
             self.compare(&mut picture).await;
-            let wait = match self.wakers.any_lively() {
-                true => LIVELY,
-                false => AT_REST,
-            };
-            self.pause(wait).await;
+            if events_known {
+                events_known = self.follow(&mut picture).await;
+            }
+            self.pause().await;
         }
     }
 
-    /// Waits, but no longer than the liveliest of them wants.
-    async fn pause(&self, wait: Duration) {
+    /// Waits until the next comparison is due, no longer than the liveliest Pod wants.
+    async fn pause(&self) {
+        let wait = if self.wakers.any_lively() {
+            LIVELY
+        } else {
+            AT_REST
+        };
         tokio::select! {
             () = sleep(wait) => {}
-            () = self.wakers.inner.livened.notified() => sleep(LIVELY.min(wait)).await,
+            () = self.wakers.inner.livened.notified() => sleep(LIVELY).await,
         }
     }
 
-    async fn follow(
-        &self,
-        mut events: futures::stream::BoxStream<'static, Result<Option<String>, CriError>>,
-        picture: &mut Picture,
-    ) {
+    /// Follows the runtime's events until they end; false when it has none.
+    ///
+    /// Events are relied on from the first one: before it the answer may just be a runtime that
+    /// accepts the call and never says anything.
+    async fn follow(&self, picture: &mut Picture) -> bool {
+        let opening = self.cri.container_events();
+        tokio::pin!(opening);
+        let opened = loop {
+            tokio::select! {
+                biased;
+                opened = &mut opening => break opened,
+                () = self.pause() => self.compare(picture).await,
+            }
+        };
+        let mut events = match opened {
+            Ok(events) => events,
+            Err(e) => return e.failure != Failure::Unimplemented,
+        };
+        let mut proven = false;
         loop {
             tokio::select! {
                 biased;
                 event = events.next() => match event {
                     Some(Ok(Some(uid))) => self.changed(&uid),
                     Some(Ok(None)) => self.compare(picture).await,
-                    // Some runtimes accept the call and then refuse it, or end it when idle.
-                    Some(Err(_)) | None => return,
+                    Some(Err(e)) => return e.failure != Failure::Unimplemented,
+                    None => return true,
                 },
-                () = sleep(BESIDE_EVENTS) => self.compare(picture).await,
+                () = self.pause(), if !proven => {
+                    self.compare(picture).await;
+                    continue;
+                }
+                () = sleep(BESIDE_EVENTS), if proven => {
+                    self.compare(picture).await;
+                    continue;
+                }
             }
+            proven = true;
         }
     }
 

@@ -304,6 +304,11 @@ fn sandbox_underway(input: &Input<'_>) -> bool {
     steps.any(|s| matches!(s, Step::RunSandbox { .. }))
 }
 
+fn being_stopped(input: &Input<'_>, sandbox: &str) -> bool {
+    let mut steps = input.memory.underway.iter();
+    steps.any(|s| matches!(s, Step::StopSandbox { id } if id == sandbox))
+}
+
 fn stopping(input: &Input<'_>, id: &str) -> Option<Duration> {
     let steps = input.memory.underway.iter();
     let deadlines = steps.filter_map(|s| match s {
@@ -593,7 +598,7 @@ fn tidy(input: &Input<'_>, sandbox: Option<&SandboxSeen>, plan: &mut Plan) {
         .filter(|s| !s.ready && s.id != current.id)
     {
         let mut containers = input.observed.containers.iter();
-        if !containers.any(|c| c.sandbox == s.id) {
+        if !containers.any(|c| c.sandbox == s.id) && !being_stopped(input, &s.id) {
             plan.push(input, Step::RemoveSandbox { id: s.id.clone() });
         }
     }
@@ -609,8 +614,10 @@ fn end(input: &Input<'_>) -> Plan {
     if making || input.observed.any_running() {
         return plan;
     }
+    // A sandbox that is being stopped may look down already, with its network still there.
     let mut up = false;
-    for s in input.observed.sandboxes.iter().filter(|s| s.ready) {
+    let still = |s: &&SandboxSeen| s.ready || being_stopped(input, &s.id);
+    for s in input.observed.sandboxes.iter().filter(still) {
         up = true;
         plan.push(input, Step::StopSandbox { id: s.id.clone() });
     }

@@ -9,9 +9,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use common::ids::{Kind, ObjectKey};
-use common::object::{Content, ContentHash};
-use jiff::Timestamp;
+use common::ids::ObjectKey;
+use common::object::ContentHash;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
@@ -26,21 +25,22 @@ use super::ledger::{Ledger, NoGrant};
 use super::manager::RuntimeState;
 use super::observe::{self, Cache, Waker, Wakers};
 use super::plan::{self, Input, Intent, Memory, Now, Plan, Retry, Step, Waiting, has_post_start};
-use super::restart::Policy;
 use super::seen::{ContainerSeen, Observed, Run};
 use super::status::{self, Failed, is_terminal};
 use super::volumes::Volumes;
 use crate::cri::{Failure, Runtime};
 use crate::node::environment::Environment;
-use crate::store::desired::{Desired, DesiredPod, Lookup};
+use crate::store::desired::{Desired, DesiredPod};
 use crate::store::events::{EventType, Events, PodEvent};
 use crate::store::reports::{PodReport, Reports};
 
+mod reading;
+mod waits;
+
+use reading::{contents, deadline_left, intent, last_words, references, restless, target};
+
 /// Where the time comes from; tests bring their own.
 pub type Clock = Arc<dyn Fn() -> Now + Send + Sync>;
-
-/// A container that started less than this ago may well end again soon.
-const SETTLED: Duration = Duration::from_secs(30);
 
 /// What all workers share.
 pub struct Shared {
@@ -213,7 +213,9 @@ impl Worker {
         let (intent, status) =
             self.judge(&pod, base, &observed, &environment, now, &BTreeMap::new());
         if intent.ends() {
-            self.begin_ending(&intent, now);
+            self.begin_ending(intent, now);
+        } else if self.memory.ending_since.is_some() {
+            self.come_back();
         }
         let plan = plan::next_steps(&Input {
             pod: &pod,
@@ -347,9 +349,20 @@ impl Worker {
         (base, status)
     }
 
-    fn begin_ending(&mut self, intent: &Intent, now: Now) {
+    /// The cloud names the Pod again before it was gone: what was taken away is made again.
+    fn come_back(&mut self) {
+        self.shared.ledger.release(&self.key.uid);
+        let memory = &mut self.memory;
+        memory.ending_since = None;
+        memory.granted = false;
+        memory.volumes = false;
+        memory.cleaned = false;
+        memory.logs_removed = false;
+    }
+
+    fn begin_ending(&mut self, intent: Intent, now: Now) {
         self.memory.ending_since.get_or_insert(now.mono);
-        if *intent != Intent::Finish {
+        if intent != Intent::Finish {
             self.shared.ledger.ending(&self.key.uid);
         }
         // What would only be made to be thrown away; sandboxes and containers that are being made
@@ -360,56 +373,6 @@ impl Worker {
                 Step::Volumes | Step::Image { .. } | Step::PostStart { .. }
             ) {
                 abort.abort();
-            }
-        }
-    }
-
-    /// Why containers wait: what failed, or the pause after a crash.
-    fn waiting(&mut self, pod: &Pod, plan: &Plan, now: Now) -> BTreeMap<String, Waiting> {
-        self.back_off_pulls(now);
-        let mut all = self.memory.trouble.clone();
-        let (namespace, name, uid) = crate::cri::convert::identity(pod);
-        for (container, delay) in &plan.crash_looping {
-            let message = format!(
-                "back-off {} restarting failed container={container} pod={name}_{namespace}({uid})",
-                go_duration(*delay)
-            );
-            all.insert(
-                container.clone(),
-                Waiting {
-                    reason: "CrashLoopBackOff".into(),
-                    message,
-                },
-            );
-        }
-        all
-    }
-
-    /// A pull that failed a moment ago is an error; one that waits for its next try backs off.
-    fn back_off_pulls(&mut self, now: Now) {
-        for (step, retry) in &self.memory.retries {
-            let Step::Image { container } = step else {
-                continue;
-            };
-            let Some(trouble) = self.memory.trouble.get_mut(container) else {
-                continue;
-            };
-            let since = retry.not_before.saturating_sub(retry.delay);
-            let rested = now.mono >= since + Duration::from_secs(1);
-            if trouble.reason == "ErrImagePull" && rested && now.mono < retry.not_before {
-                let message = format!("Back-off pulling image: {}", trouble.message);
-                *trouble = Waiting {
-                    reason: "ImagePullBackOff".into(),
-                    message: message.clone(),
-                };
-                let event = PodEvent::new(
-                    &self.key,
-                    Some(container),
-                    EventType::Normal,
-                    "BackOff",
-                    message,
-                );
-                self.shared.events.emit(event);
             }
         }
     }
@@ -590,35 +553,6 @@ impl Worker {
         }
     }
 
-    fn tell_crashes(&mut self, plan: &Plan) {
-        for name in plan.crash_looping.keys() {
-            let known = self
-                .memory
-                .trouble
-                .get(name)
-                .is_some_and(|w| w.reason == "CrashLoopBackOff");
-            if !known {
-                self.emit(
-                    Some(name),
-                    EventType::Warning,
-                    "BackOff",
-                    &format!(
-                        "Back-off restarting failed container {name} in pod {}",
-                        self.key.name
-                    ),
-                );
-                let waiting = Waiting {
-                    reason: "CrashLoopBackOff".into(),
-                    message: String::new(),
-                };
-                self.memory.trouble.insert(name.clone(), waiting);
-            }
-        }
-        self.memory.trouble.retain(|name, w| {
-            w.reason != "CrashLoopBackOff" || plan.crash_looping.contains_key(name)
-        });
-    }
-
     /// Times at which something is due though nothing changes.
     fn pending_times(
         &self,
@@ -788,107 +722,7 @@ async fn changed<T>(receiver: &mut watch::Receiver<T>) {
     }
 }
 
-/// What is wanted of the Pod before its containers are asked.
-fn intent(wanted: &DesiredPod, pod: &Pod) -> Intent {
-    if wanted.removed {
-        Intent::Remove
-    } else if pod.metadata.deletion_timestamp.is_some() {
-        Intent::Delete
-    } else {
-        Intent::Run
-    }
-}
-
-/// `Some` while something of the Pod is expected to change by itself, with the time after which it
-/// may have come to rest.
-fn restless(
-    pod: &Pod,
-    intent: Intent,
-    observed: &Observed,
-    plan: &Plan,
-    now: Now,
-) -> Option<Option<Duration>> {
-    if intent.ends() {
-        return observed.any_running().then_some(None);
-    }
-    if plan::policy(pod) != Policy::Always || !plan.steps.is_empty() {
-        return Some(None);
-    }
-    let mut youngest = Duration::MAX;
-    for c in plan::mains(pod) {
-        let running = observed.newest(&c.name).filter(|n| n.run == Run::Running);
-        let Some(running) = running else {
-            return Some(None);
-        };
-        let started = Timestamp::from_nanosecond(i128::from(running.started_at));
-        let age = now.wall.duration_since(started.unwrap_or(now.wall));
-        youngest = youngest.min(Duration::try_from(age).unwrap_or_default());
-    }
-    (youngest < SETTLED).then(|| Some(SETTLED - youngest))
-}
-
-/// What is left of `activeDeadlineSeconds`; `None` where there is none.
-fn deadline_left(pod: &Pod, said: Option<&PodStatus>, now: Timestamp) -> Option<Duration> {
-    let seconds = pod.spec.as_ref()?.active_deadline_seconds?;
-    let limit = Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
-    let started = said
-        .and_then(|s| s.start_time.as_ref())
-        .map_or(now, |t| t.0);
-    let active = Duration::try_from(now.duration_since(started)).unwrap_or_default();
-    Some(limit.saturating_sub(active))
-}
-
-/// The container whose processes an ephemeral container asks to share.
-fn target(pod: &Pod, container: &str) -> Option<String> {
-    let all = pod.spec.as_ref()?.ephemeral_containers.as_ref()?;
-    let found = all.iter().find(|e| e.name == container)?;
-    found
-        .target_container_name
-        .clone()
-        .filter(|t| !t.is_empty())
-}
-
-/// The ConfigMaps and Secrets that the Pod names. Services count at a container's start only.
-fn references(pod: &Pod) -> Vec<ObjectKey> {
-    let mut keys = env::references(pod);
-    keys.retain(|k| k.kind != Kind::Services);
-    keys.sort();
-    keys.dedup();
-    keys
-}
-
-/// What these objects look like now.
-fn contents(keys: &[ObjectKey], desired: &Desired) -> Vec<ContentHash> {
-    let content = |key| match desired.lookup(key) {
-        Lookup::Unknown => ContentHash::default(),
-        Lookup::Absent => ContentHash::of(&Content::Absent),
-        Lookup::Present(bytes) => ContentHash::of(&Content::Present(bytes)),
-    };
-    keys.iter().map(content).collect()
-}
-
-fn last_words(volumes: &Volumes, paths: &Paths, pod: &Pod, c: &ContainerSeen) -> String {
-    let all = plan::inits(pod).iter().chain(plan::mains(pod));
-    let spec = all.into_iter().find(|s| s.name == c.name).cloned();
-    let spec = spec.or_else(|| plan::ephemerals(pod).into_iter().find(|s| s.name == c.name));
-    let Some(spec) = spec else {
-        return String::new();
-    };
-    let (_, _, uid) = crate::cri::convert::identity(pod);
-    let dir = paths
-        .pod_logs
-        .join(crate::cri::convert::log_directory_name(pod));
-    let log = dir.join(crate::cri::convert::log_path(&c.name, c.attempt));
-    volumes.read_termination_message(uid, &spec, c.attempt, c.exit_code, &log)
-}
-
-/// A time as Go prints it, which is how people know this message: `1m20s`.
-fn go_duration(time: Duration) -> String {
-    match (time.as_secs() / 60, time.as_secs() % 60) {
-        (0, s) => format!("{s}s"),
-        (m, s) => format!("{m}m{s}s"),
-    }
-}
-
+#[cfg(test)]
+mod device;
 #[cfg(test)]
 mod tests;

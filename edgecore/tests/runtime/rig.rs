@@ -12,6 +12,7 @@ use common::object::Object;
 use edgecore::cri::Runtime;
 use edgecore::cri::client::Client;
 use edgecore::node::environment::Environment;
+use edgecore::pods::cgroups::{Cgroups, Qos};
 use edgecore::pods::jobs::Paths;
 use edgecore::pods::ledger::InMemory;
 use edgecore::pods::manager::{Config, Deps, Handle, PodManager};
@@ -198,19 +199,28 @@ fn daemon(dir: &Path) -> Child {
         .append(true)
         .open(dir.join("containerd.log"));
     let log = log.unwrap();
+    let usual = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+    // Directories of another containerd and its shim, to run these tests on.
+    let own = std::env::var("EDGECORE_TEST_CONTAINERD").unwrap_or_default();
     Command::new("containerd")
         .arg("--config")
         .arg(dir.join("config.toml"))
-        .env(
-            "PATH",
-            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        )
+        .env("PATH", format!("{own}:{usual}"))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::from(log))
         .spawn()
         .expect("containerd is installed")
 }
+
+/// What the tests call their Pods: a test that failed leaves cgroups under these names.
+pub(crate) const UIDS: [&str; 5] = [
+    "11111111-aaaa",
+    "22222222-aaaa",
+    "22222222-bbbb",
+    "33333333-aaaa",
+    "33333333-bbbb",
+];
 
 impl Drop for Containerd {
     fn drop(&mut self) {
@@ -224,6 +234,9 @@ impl Drop for Containerd {
             let _ = self.ctr().args(["tasks", "rm", "-f", id]).output();
         }
         self.kill();
+        for uid in UIDS {
+            let _ = Cgroups::detect(None).remove(uid, Qos::BestEffort);
+        }
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
         let own = mounts.lines().filter_map(|l| l.split(' ').nth(1));
         let dir = self.dir.display().to_string();

@@ -199,6 +199,7 @@ async fn the_lease_follows_a_node_that_was_made_again_at_once() {
     let _claim = one.claim(&a()).await.unwrap();
     let stop = CancellationToken::new();
     let running = tokio::spawn(task.run(stop.clone()));
+    one.no_owner(&a());
     one.owner(&a(), "second");
     tokio::time::sleep(Duration::from_millis(100)).await;
     let owner = fake.get(LEASE).unwrap()["metadata"]["ownerReferences"][0]["uid"].clone();

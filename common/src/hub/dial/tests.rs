@@ -7,6 +7,7 @@ use bytes::Bytes;
 use rustls_pki_types::UnixTime;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::*;
@@ -22,6 +23,8 @@ const BOTH: [TransportKind; 2] = [TransportKind::Quic, TransportKind::WebSocket]
 struct Middlebox {
     address: SocketAddr,
     silent: Arc<AtomicBool>,
+    /// UDP leaves by another port from then on, as after a change of network.
+    moved: Arc<Notify>,
 }
 
 impl Middlebox {
@@ -42,9 +45,13 @@ impl Middlebox {
                 tokio::spawn(pass(far_read, near_write, quiet.clone()));
             }
         });
-        let quiet = silent.clone();
-        tokio::spawn(async move { relay(socket, cloud, udp, quiet).await });
-        Self { address, silent }
+        let moved = Arc::new(Notify::new());
+        tokio::spawn(relay(socket, cloud, udp, silent.clone(), moved.clone()));
+        Self {
+            address,
+            silent,
+            moved,
+        }
     }
 }
 
@@ -66,12 +73,19 @@ async fn pass(
     }
 }
 
-async fn relay(near: UdpSocket, cloud: SocketAddr, passes: bool, silent: Arc<AtomicBool>) {
-    let far = UdpSocket::bind("127.0.0.1:0").await.expect("bind");
+async fn relay(
+    near: UdpSocket,
+    cloud: SocketAddr,
+    passes: bool,
+    silent: Arc<AtomicBool>,
+    moved: Arc<Notify>,
+) {
+    let mut far = UdpSocket::bind("127.0.0.1:0").await.expect("bind");
     let mut device = None;
     let (mut out, mut back) = (vec![0; 2000], vec![0; 2000]);
     loop {
         tokio::select! {
+            () = moved.notified() => far = UdpSocket::bind("127.0.0.1:0").await.expect("bind"),
             Ok((n, from)) = near.recv_from(&mut out) => {
                 device = Some(from);
                 if passes && !silent.load(Ordering::Relaxed) {
@@ -227,4 +241,27 @@ async fn a_write_on_a_silent_link_ends_as_well() {
             "{kind}: {read:?}"
         );
     }
+}
+
+#[tokio::test]
+async fn a_quic_stream_survives_a_change_of_address() {
+    let mut cloud = Cloud::start().await;
+    let middle = Middlebox::start(cloud.address(), true).await;
+    let (edge, served) = cloud.pair_at(TransportKind::Quic, middle.address).await;
+    let (mut send, _recv) = edge
+        .open(Class::Control, &StreamHead { kind: 1 })
+        .await
+        .expect("open");
+    let mut incoming = served.accept().await.expect("accept");
+    let before = served.remote_address();
+    middle.moved.notify_one();
+    for word in [b"one", b"two"] {
+        send.write_message(word).await.expect("write");
+        let read = tokio::time::timeout(SOON, incoming.recv.read_message(10)).await;
+        assert_eq!(
+            read.expect("in time").expect("read").as_deref(),
+            Some(&word[..])
+        );
+    }
+    assert_ne!(served.remote_address(), before, "the cloud follows");
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::hub::transport::TransportError;
 
@@ -22,7 +23,10 @@ pub(super) struct Gate {
     inside: Mutex<Inside>,
     crowded: AtomicU64,
     failed: AtomicU64,
+    logged: Mutex<Option<Instant>>,
 }
+
+const LOG_EVERY: Duration = Duration::from_secs(1);
 
 /// At most `all` entries.
 #[derive(Default)]
@@ -45,6 +49,7 @@ impl Gate {
             inside: Mutex::default(),
             crowded: AtomicU64::new(0),
             failed: AtomicU64::new(0),
+            logged: Mutex::new(None),
         }
     }
 
@@ -78,9 +83,25 @@ impl Gate {
         self.lock().count * 2 >= self.all
     }
 
+    /// Counts and logs a handshake that led to nothing. One line a second at most for operators:
+    /// anybody on the internet can cause these.
     pub(super) fn failed(&self, remote: SocketAddr, error: &TransportError) {
-        self.failed.fetch_add(1, Ordering::Relaxed);
-        tracing::debug!(%remote, reason = %error, "handshake refused");
+        let total = self.failed.fetch_add(1, Ordering::Relaxed) + 1;
+        let reason = match error {
+            // Worded for the device's end; here the device is the one that refused.
+            TransportError::Refused(_) => {
+                "the device does not accept what this cloud shows (TLS alert)".to_owned()
+            }
+            other => other.explain(),
+        };
+        let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        if logged.is_none_or(|at| now >= at + LOG_EVERY) {
+            *logged = Some(now);
+            tracing::info!(%remote, reason, total, "handshake refused");
+        } else {
+            tracing::debug!(%remote, reason, total, "handshake refused");
+        }
     }
 
     pub(super) fn refused(&self) -> Refused {

@@ -57,7 +57,9 @@ async fn a_device_without_a_certificate_or_a_clock_can_join() {
         ..JoinRequest::default()
     };
     token.present(&mut request);
-    let options = crate::hub::dial::DialOptions::new(Clock::Unsynchronised(None));
+    // It believes to have a clock, and is wrong by half a century.
+    let wrong = Clock::Synchronised(UnixTime::since_unix_epoch(HOUR));
+    let options = crate::hub::dial::DialOptions::new(wrong);
     let serve = async {
         let stream = next_join(&mut cloud).await;
         assert_eq!(stream.request().node_name, "shop-7");

@@ -13,8 +13,8 @@ struct Pair {
 
 fn pair() -> Pair {
     Pair {
-        a: Mux::new(Side::Dialler, 8),
-        b: Mux::new(Side::Listener, 8),
+        a: Mux::new(Side::Dialler, 8, 8),
+        b: Mux::new(Side::Listener, 8, 8),
     }
 }
 
@@ -171,7 +171,7 @@ fn streams_beyond_the_limit_wait_here_and_are_refused_there() {
     assert_eq!(events(&mut p.a), [Event::Slot]);
     assert!(p.a.open(Class::Bulk).is_some());
     // A peer that opens twice as many is told no; its flood is cut off when it does not listen.
-    let mut b = Mux::new(Side::Listener, 8);
+    let mut b = Mux::new(Side::Listener, 8, 8);
     let open = |id: u32| {
         let mut out = BytesMut::new();
         let class = Class::Bulk;
@@ -227,7 +227,7 @@ fn what_no_peer_of_ours_does_is_a_violation() {
         (many, Violation::OverCredit(1)),
     ];
     for (frames, violation) in table {
-        let mut b = Mux::new(Side::Listener, 8);
+        let mut b = Mux::new(Side::Listener, 8, 8);
         let mut result = Ok(());
         for frame in frames {
             assert_eq!(result, Ok(()), "too early");
@@ -472,7 +472,7 @@ fn settle(p: &mut Pair, flows: &mut BTreeMap<(bool, u32), Flow>, seed: u64) {
 fn noise_is_answered_by_errors_and_never_by_more_memory_than_the_windows() {
     for seed in 1..=300 {
         let mut random = Random::new(seed);
-        let mut b = Mux::new(Side::Listener, 8);
+        let mut b = Mux::new(Side::Listener, 8, 8);
         let mut bytes_in = 0;
         for _ in 0..200 {
             let mut out = BytesMut::new();

@@ -75,6 +75,17 @@ pub enum TransportError {
 }
 
 impl TransportError {
+    /// The error and its causes in one line.
+    pub fn explain(&self) -> String {
+        let mut text = self.to_string();
+        let mut source = std::error::Error::source(self);
+        while let Some(cause) = source {
+            text.push_str(&format!(": {cause}"));
+            source = cause.source();
+        }
+        text
+    }
+
     pub(in crate::hub) fn unusable(e: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         TransportError::Unusable(Arc::from(e.into()))
     }

@@ -8,7 +8,6 @@ use tokio::time::{Instant, timeout};
 use super::*;
 use crate::hub::testing::{Cloud, cluster};
 use crate::ids::NodeName;
-use crate::pki::NodeIdentity;
 
 const BOTH: [TransportKind; 2] = [TransportKind::Quic, TransportKind::WebSocket];
 const SOON: Duration = Duration::from_secs(10);
@@ -56,8 +55,8 @@ async fn a_stream_carries_its_head_and_its_bytes_there_and_back() {
     for kind in BOTH {
         let mut cloud = Cloud::start().await;
         let (edge, served) = cloud.pair(kind).await;
-        let identity = NodeIdentity::from_certificate(&served.peer_certificates()[0]);
-        let identity = identity.expect("the device's certificate");
+        let identity = served.identity().expect("the device's certificate");
+        assert!(edge.identity().is_err(), "the cloud is no node");
         assert_eq!(identity.node, NodeName::parse("shop-7").expect("name"));
         assert_eq!(identity.cluster, cluster());
         // Either side opens.
@@ -135,10 +134,10 @@ async fn stalled_readers_block_neither_other_streams_nor_control() {
         let (edge, served) = cloud.pair(kind).await;
         // As many as may be open but one, each written to until it stalls.
         let mut stalled = Vec::new();
-        for i in 1..cloud.link.max_streams {
+        for i in 1..cloud.link.cloud_streams {
             let class = Class::ALL[usize::from(i) % Class::COUNT];
-            let (mut send, recv) = edge.open(class, &head(1)).await.expect("open");
-            let incoming = served.accept().await.expect("accept");
+            let (mut send, recv) = served.open(class, &head(1)).await.expect("open");
+            let incoming = edge.accept().await.expect("accept");
             let writer = tokio::spawn(async move {
                 // Ends only when the test is over.
                 let _end = send.write_all(Bytes::from(vec![0; 1 << 20])).await;
@@ -150,8 +149,8 @@ async fn stalled_readers_block_neither_other_streams_nor_control() {
             stalled.iter().all(|(writer, ..)| !writer.is_finished()),
             "all are stalled"
         );
-        let (mut send, _recv) = edge.open(Class::Bulk, &head(2)).await.expect("open");
-        let mut incoming = timeout(SOON, served.accept())
+        let (mut send, _recv) = served.open(Class::Bulk, &head(2)).await.expect("open");
+        let mut incoming = timeout(SOON, edge.accept())
             .await
             .expect("in time")
             .expect("accept");

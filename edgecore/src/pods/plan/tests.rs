@@ -394,6 +394,31 @@ fn ending_takes_containers_then_sandbox_then_the_rest() {
 }
 
 #[test]
+fn a_sandbox_that_is_being_stopped_is_not_removed_under_it() {
+    let pod = pod("Always", json!([]), &["m"]);
+    let mut memory = ready(&pod);
+    memory
+        .underway
+        .insert(Step::StopSandbox { id: "s1".into() });
+    let observed = seen(&pod, &[sandbox("s1", 0, false)], &[]);
+    assert!(
+        decide(&pod, Intent::Delete, &observed, &memory, 0)
+            .steps
+            .is_empty()
+    );
+    let observed = seen(
+        &pod,
+        &[sandbox("s1", 0, false), sandbox("s2", 1, true)],
+        &["m/0=run@s2"],
+    );
+    assert!(
+        decide(&pod, Intent::Run, &observed, &memory, 0)
+            .steps
+            .is_empty()
+    );
+}
+
+#[test]
 fn a_finished_pod_keeps_its_dead_containers_for_their_logs() {
     let pod = pod("Never", json!([sidecar("s")]), &["m"]);
     let mut memory = ready(&pod);

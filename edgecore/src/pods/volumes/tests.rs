@@ -133,6 +133,11 @@ fn fs_type(path: &Path) -> nix::sys::statfs::FsType {
     nix::sys::statfs::statfs(path).unwrap().filesystem_type()
 }
 
+/// Counts of blocks are 32 bits wide on 32-bit boards.
+fn wide(count: impl Into<u64>) -> u64 {
+    count.into()
+}
+
 fn mode(path: &Path) -> u32 {
     fs::metadata(path).unwrap().mode() & 0o7777
 }
@@ -161,10 +166,7 @@ async fn every_kind_is_made_updated_and_taken_away() {
     assert_eq!(mode(&bench.at(&pod, "/disk")), 0o777);
     assert_eq!(mode(&bench.at(&pod, "/mem")), 0o777);
     let size = nix::sys::statvfs::statvfs(&bench.at(&pod, "/mem")).unwrap();
-    assert_eq!(
-        u64::from(size.blocks()) * u64::from(size.fragment_size()),
-        1 << 20
-    );
+    assert_eq!(wide(size.blocks()) * wide(size.fragment_size()), 1 << 20);
 
     let plans = bench.plans(&pod, &[]).unwrap();
     let shown: Vec<_> = plans

@@ -1,220 +1,15 @@
 //! Whole lives of Pods on a runtime in memory, under paused time.
 
-use serde_json::{Value, json};
-use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep, timeout};
-
+use common::ids::Kind;
 use common::object::Object;
+use serde_json::json;
+use tokio::time::{Instant, sleep};
 
+use super::device::{Device, condition, deleted, ends, pod};
 use super::*;
 use crate::cri::Cri as _;
-use crate::cri::fake::{Fake, Program};
-use crate::pods::cgroups::CgroupDriver;
-use crate::pods::ledger::InMemory;
-use crate::pods::manager::{Config, Deps, Handle, PodManager};
-use crate::pods::tokens::{Token, TokenFuture, TokenRequest, TokenSource};
-use crate::pods::volumes::VolumesConfig;
+use crate::cri::fake::Program;
 use crate::store::desired::Batch;
-
-struct NoTokens;
-
-impl TokenSource for NoTokens {
-    fn token<'a>(&'a self, _: &'a TokenRequest) -> TokenFuture<'a> {
-        Box::pin(async {
-            Ok(Token {
-                token: "t".into(),
-                refresh_in_seconds: 3600,
-            })
-        })
-    }
-    fn forget(&self, _: &ObjectKey) {}
-}
-
-/// A device: what survives the agent, and the runtime under it.
-struct Device {
-    fake: Arc<Fake>,
-    desired: Desired,
-    reports: Reports,
-    events: Events,
-    ledger: Arc<InMemory>,
-    dir: tempfile::TempDir,
-}
-
-struct Agent {
-    handle: Handle,
-    stop: CancellationToken,
-    task: JoinHandle<()>,
-}
-
-impl Agent {
-    async fn stop(self) {
-        self.stop.cancel();
-        self.task.await.unwrap();
-    }
-}
-
-impl Device {
-    fn new() -> Self {
-        let now = Timestamp::from_second(1_800_000_000).unwrap();
-        let device = Self {
-            fake: Arc::new(Fake::new(now)),
-            desired: Desired::in_memory(),
-            reports: Reports::in_memory(),
-            events: Events::in_memory(),
-            ledger: Arc::default(),
-            dir: tempfile::tempdir().unwrap(),
-        };
-        device.fake.add_image("i:1");
-        device.put_object(ObjectKey::named(Kind::Services, "default", ""), json!([]));
-        device
-    }
-
-    fn start(&self) -> Agent {
-        let path = |sub: &str| self.dir.path().join(sub);
-        std::fs::create_dir_all(path("cgroup")).unwrap();
-        let volumes = Volumes::new(
-            VolumesConfig {
-                root: path("agent"),
-                node_ca_pem: None,
-            },
-            self.desired.clone(),
-            Arc::new(NoTokens),
-        );
-        let environment = Environment {
-            node_name: "edge-1".into(),
-            node_ip: "192.0.2.7".parse().unwrap(),
-            cluster_dns: Some("10.96.0.10".parse().unwrap()),
-            cluster_domain: "cluster.local".into(),
-            api_service: None,
-            allocatable_cpu_millis: 2000,
-            allocatable_memory_bytes: 1 << 30,
-            allocatable_ephemeral_bytes: 1 << 30,
-        };
-        let config = Config {
-            most_pods: 110,
-            paths: Paths {
-                pod_logs: path("log/pods"),
-                container_logs: path("log/containers"),
-                ..Paths::default()
-            },
-            cgroups: Some(Cgroups::at(CgroupDriver::Systemd, path("cgroup"))),
-        };
-        let fake = self.fake.clone();
-        let start = Instant::now();
-        let clock: Clock = Arc::new(move || Now {
-            wall: fake.now(),
-            mono: start.elapsed(),
-        });
-        let (handle, task) = PodManager::build(
-            config,
-            Deps {
-                cri: self.fake.clone(),
-                desired: self.desired.clone(),
-                reports: self.reports.clone(),
-                events: self.events.clone(),
-                volumes: Arc::new(volumes),
-                environment: watch::channel(Some(environment)).1,
-                ledger: self.ledger.clone(),
-                clock: Some(clock),
-            },
-        );
-        let stop = CancellationToken::new();
-        let task = tokio::spawn(task.run(stop.clone()));
-        Agent { handle, stop, task }
-    }
-
-    fn put_object(&self, key: ObjectKey, json: Value) {
-        let object = Object::present(key, json.to_string().into_bytes());
-        self.desired.commit(Batch {
-            puts: vec![object],
-            ..Default::default()
-        });
-    }
-
-    fn put(&self, pod: &Value) -> ObjectKey {
-        let text = |key: &str| pod["metadata"][key].as_str().unwrap();
-        let key = ObjectKey::pod(text("namespace"), text("name"), text("uid"));
-        self.put_object(key.clone(), pod.clone());
-        key
-    }
-
-    fn remove(&self, key: &ObjectKey) {
-        self.desired.commit(Batch {
-            removes: vec![key.clone()],
-            ..Default::default()
-        });
-    }
-
-    fn status(&self, key: &ObjectKey) -> Value {
-        self.reports.pod(key).map(|r| r.status).unwrap_or_default()
-    }
-
-    fn phase(&self, key: &ObjectKey) -> String {
-        self.status(key)["phase"]
-            .as_str()
-            .unwrap_or_default()
-            .to_owned()
-    }
-
-    fn gone(&self, key: &ObjectKey) -> bool {
-        self.reports.pod(key).is_some_and(|r| r.gone)
-    }
-
-    /// Waits for a level, in the tests' own time.
-    async fn until(&self, what: &str, good: impl Fn() -> bool) -> Duration {
-        let began = Instant::now();
-        let polled = timeout(Duration::from_secs(3600), async {
-            while !good() {
-                sleep(Duration::from_millis(5)).await;
-            }
-        });
-        assert!(
-            polled.await.is_ok(),
-            "{what}: never; {:?}\n{:#?}",
-            self.fake.calls(),
-            self.reasons()
-        );
-        began.elapsed()
-    }
-
-    fn reasons(&self) -> Vec<String> {
-        self.events
-            .drain()
-            .into_iter()
-            .map(|e| format!("{} {}", e.reason, e.message))
-            .collect()
-    }
-}
-
-fn pod(name: &str, uid: &str) -> Value {
-    json!({
-        "metadata": {"name": name, "namespace": "default", "uid": uid},
-        "spec": {
-            "restartPolicy": "Always", "enableServiceLinks": false,
-            "terminationGracePeriodSeconds": 30,
-            "containers": [{"name": "main", "image": "i:1", "imagePullPolicy": "IfNotPresent"}]
-        }
-    })
-}
-
-fn deleted(mut pod: Value, grace: i64) -> Value {
-    pod["metadata"]["deletionTimestamp"] = json!("2027-01-15T08:00:00Z");
-    pod["metadata"]["deletionGracePeriodSeconds"] = json!(grace);
-    pod
-}
-
-fn ends(after: u64, code: i32) -> Program {
-    Program {
-        ends: Some((Duration::from_secs(after), code)),
-        stubborn: false,
-    }
-}
-
-fn condition<'a>(status: &'a Value, kind: &str) -> &'a str {
-    let all = status["conditions"].as_array().unwrap();
-    let found = all.iter().find(|c| c["type"] == kind).unwrap();
-    found["status"].as_str().unwrap()
-}
 
 #[tokio::test(start_paused = true)]
 async fn a_pod_runs_is_deleted_and_its_record_goes_last() {
@@ -731,6 +526,48 @@ async fn orphans_are_removed_only_once_the_cloud_has_said_that_the_set_is_comple
         ..Default::default()
     });
     lost.until("removed", || lost.fake.is_empty()).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn events_are_acted_on_at_once_and_replace_the_polling_once_they_come() {
+    let d = Device::new();
+    d.fake.with_events();
+    let _agent = d.start();
+    // Between two comparisons at rest.
+    d.fake.program("main", ends(92, 0));
+    let key = d.put(&pod("web", "u1"));
+    d.until("running", || d.phase(&key) == "Running").await;
+    d.fake.program("main", ends(600, 0));
+    sleep(Duration::from_millis(92_010)).await;
+    d.fake.tick();
+    let started = || d.fake.calls().contains(&"StartContainer main/1".to_owned());
+    let took = d.until("restarted", started).await;
+    assert!(took < Duration::from_millis(100), "{took:?}");
+    sleep(Duration::from_secs(60)).await;
+    d.fake.count_looks();
+    sleep(Duration::from_secs(300)).await;
+    let looks = d.fake.count_looks();
+    assert!(looks < 30, "{looks} calls in five minutes");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_is_named_again_while_it_ends_runs_again() {
+    let d = Device::new();
+    let _agent = d.start();
+    let stubborn = Program {
+        stubborn: true,
+        ..Default::default()
+    };
+    d.fake.program("main", stubborn);
+    let key = d.put(&pod("web", "u1"));
+    d.until("running", || d.phase(&key) == "Running").await;
+    d.remove(&key);
+    sleep(Duration::from_secs(5)).await;
+    // The same UID: a cluster that was restored, say.
+    d.put(&pod("web", "u1"));
+    sleep(Duration::from_secs(60)).await;
+    assert_eq!(d.fake.running(), ["main/1"]);
+    assert_eq!(d.phase(&key), "Running");
 }
 
 #[tokio::test(start_paused = true)]
