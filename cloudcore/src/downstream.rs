@@ -7,7 +7,7 @@
 //! ```text
 //!  pods   ─┐                                         ┌─▶ NodeFeed  (a session each)
 //!  nodes  ─┼─ bounded queue ─▶ index ─▶ published ───┤
-//!  services┘        ▲            │                   └─▶ PodViews, pod(uid)
+//!  services┘        ▲            │                   └─▶ PodViews, pod(uid), node(name)
 //!                   └─ configs ◀─┘ read, watch
 //! ```
 //!
@@ -35,9 +35,9 @@ use tokio_util::sync::CancellationToken;
 
 use self::configs::{Configs, Told};
 use self::feed::{Ask, Feed, Seen};
-pub use self::index::pod::PodView;
+pub use self::index::Malformed;
+pub use self::index::live::{NodeLive, PodView};
 use self::index::{Changes, Index};
-pub use self::index::{Malformed, NodeLive};
 pub use self::metrics::Metrics;
 use self::published::Published;
 pub use self::published::{NodeFeed, NodeSnapshot, PodViews};
@@ -47,6 +47,9 @@ pub use self::versioned::Versioned;
 /// What feeds tell the index before it looks. Each place holds one object; the API server's own
 /// flow control does the rest when the index is slower than all feeds together.
 const QUEUE: usize = 256;
+
+/// Between two looks for marks of a cluster that went back in time.
+const SEEN_AGAIN: Duration = Duration::from_millis(20);
 
 /// Asks for a consistent list that wait for a feed; a session that finds no place waits in line.
 const ASKS: usize = 64;
@@ -119,27 +122,22 @@ impl Downstream {
         self.published.pod(uid)
     }
 
-    /// Waits until Pods, Nodes and Services have been listed once. Cancel safe.
-    pub async fn listed(&self) {
-        if self
-            .published
-            .listed()
-            .wait_for(|listed| *listed)
-            .await
-            .is_err()
-        {
-            std::future::pending::<()>().await;
-        }
-    }
-
-    /// The live state of an edge's Node.
+    /// The live state of an edge node's Node.
     pub fn node(&self, node: &NodeName) -> Option<Arc<NodeLive>> {
-        self.published.live_node(node)
+        self.published.node(node)
     }
 
-    /// The live state of all of a node's Pods, as it changes.
+    /// The live state of all of a node's Pods. It also says when the node's Node changed.
     pub fn pod_views(&self, node: &NodeName) -> PodViews {
         self.published.pod_views(node)
+    }
+
+    /// Waits until Pods, Nodes and Services have been listed once. Cancel safe.
+    pub async fn listed(&self) {
+        let mut listed = self.published.listed();
+        if listed.wait_for(|listed| *listed).await.is_err() {
+            std::future::pending::<()>().await;
+        }
     }
 
     pub fn metrics(&self) -> &Metrics {
@@ -162,17 +160,29 @@ impl Downstream {
                 answers.push(answer);
             }
             let (done, answer) = oneshot::channel();
-            let node = node.clone();
-            let asked = self.inbox.send(Input::ReadAgain { node, done }).await;
+            let of = node.clone();
+            let asked = self.inbox.send(Input::ReadAgain { node: of, done }).await;
             asked.map_err(|_| Unavailable::Stopping)?;
             answers.push(answer);
             let answered = futures::future::try_join_all(answers).await;
-            answered.map_err(|_| Unavailable::Stopping)
+            answered.map_err(|_| Unavailable::Stopping)?;
+            Ok(self.seen(&self.feed(node)).await)
         };
-        tokio::time::timeout(self.deadline, all)
-            .await
-            .map_err(|_| Unavailable::Deadline)??;
-        Ok(self.feed(node).snapshot().marks)
+        let marks = tokio::time::timeout(self.deadline, all).await;
+        marks.map_err(|_| Unavailable::Deadline)?
+    }
+
+    /// The node's marks, once each is one: after the cluster went back there are none for the
+    /// moment that it takes to see it again.
+    async fn seen(&self, feed: &NodeFeed) -> BTreeMap<Kind, u64> {
+        loop {
+            let marks = feed.snapshot().marks;
+            if marks.values().all(|mark| *mark > 0) {
+                return marks;
+            }
+            // Marks wake nobody, and this lasts a few round trips.
+            tokio::time::sleep(SEEN_AGAIN).await;
+        }
     }
 }
 
@@ -302,7 +312,7 @@ impl<C: Clients> Task<C> {
                 out: self.inbox_sender.clone(),
                 asks,
                 list_again: self.list_again.subscribe(),
-                edges: (kind == Kind::Pod).then(|| self.edge_nodes.clone()),
+                edges: (kind != Kind::Services).then(|| self.edge_nodes.clone()),
                 metrics: self.metrics.clone(),
                 state: Default::default(),
             };
@@ -419,7 +429,7 @@ impl<C: Clients> Task<C> {
     fn publish(&mut self, configs: &mut Configs<Input>) {
         let Changes {
             nodes,
-            views,
+            live,
             commands,
             malformed,
             rewound,
@@ -428,10 +438,8 @@ impl<C: Clients> Task<C> {
         commands
             .into_iter()
             .for_each(|command| configs.obey(command));
-        for node in views {
-            self.published
-                .set_live_node(&node, self.index.live_node(&node));
-            self.published.set_views(&node, self.index.views(&node));
+        for node in live {
+            self.published.set_live(&node, self.index.live(&node));
         }
         for node in nodes {
             if self.published.set(&node, self.index.desired(&node)) {

@@ -84,7 +84,7 @@ pub(super) struct Feed<T> {
     pub(super) asks: mpsc::Receiver<Ask>,
     /// Changes when everything must be listed again.
     pub(super) list_again: watch::Receiver<u64>,
-    /// Whose Pods matter; only for the feed of Pods.
+    /// Whose Pods and live state matter; not for Services.
     pub(super) edges: Option<watch::Receiver<Arc<BTreeSet<NodeName>>>>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) state: State,
@@ -110,6 +110,13 @@ enum Ended {
 }
 
 struct Closed;
+
+/// An object as far as it matters, and the revision of its event all the same.
+#[derive(Default)]
+struct Parsed {
+    object: Option<Value>,
+    revision: u64,
+}
 
 /// Nobody listens; or what the API server said.
 type Listed = Result<Result<u64, Fault>, Closed>;
@@ -209,11 +216,8 @@ impl<T: From<Seen> + Send + 'static> Feed<T> {
             Line::Applied(raw) => (raw, false),
             Line::Deleted(raw) => (raw, true),
         };
-        let Some(object) = self.parse(&raw) else {
-            return Ok(0);
-        };
-        let at = revision(&object).unwrap_or_default();
-        if self.concerns(&object) {
+        let Parsed { object, revision } = self.parse(&raw);
+        if let Some(object) = object {
             let origin = Origin::Watch;
             self.tell(if deleted {
                 Seen::Deleted { kind, object }
@@ -226,8 +230,8 @@ impl<T: From<Seen> + Send + 'static> Feed<T> {
             })
             .await?;
         }
-        self.tell(Seen::Progress { kind, revision: at }).await?;
-        Ok(at)
+        self.tell(Seen::Progress { kind, revision }).await?;
+        Ok(revision)
     }
 
     /// One whole list, page by page, at one revision.
@@ -264,7 +268,7 @@ impl<T: From<Seen> + Send + 'static> Feed<T> {
                 .await?;
             }
             for raw in items {
-                if let Some(object) = self.parse(&raw).filter(|o| self.concerns(o)) {
+                if let Some(object) = self.parse(&raw).object {
                     let origin = Origin::List;
                     self.tell(Seen::Object {
                         kind,
@@ -298,11 +302,14 @@ impl<T: From<Seen> + Send + 'static> Feed<T> {
         let names = edges.borrow_and_update().clone();
         let known = std::mem::replace(&mut self.state.known, names.as_ref().clone());
         let new = names.difference(&known).cloned().collect();
-        self.tell(Seen::EdgeNodes(names)).await?;
+        // One of the feeds tells the index, so that it hears each change before what follows from it.
+        if self.reading.kind == Kind::Pod {
+            self.tell(Seen::EdgeNodes(names)).await?;
+        }
         Ok(new)
     }
 
-    /// Lists the Pods of nodes that became edge nodes while the watch was open.
+    /// Lists what concerns nodes that became edge nodes while the watch was open.
     async fn list_new(&mut self) -> Result<bool, Closed> {
         let new = self.tell_edges().await?;
         self.list_nodes(new).await
@@ -353,20 +360,35 @@ impl<T: From<Seen> + Send + 'static> Feed<T> {
         answered.map(|ask| ask.done).collect()
     }
 
-    /// Whether an object is anything to us: a Pod of a node that is not an edge's is dropped here,
-    /// before it costs a place in the queue.
-    fn concerns(&self, object: &Value) -> bool {
-        if self.reading.kind != Kind::Pod {
-            return true;
-        }
-        let node = object.pointer("/spec/nodeName").and_then(Value::as_str);
-        node.and_then(|n| NodeName::parse(n).ok())
-            .is_some_and(|n| self.state.known.contains(&n))
-    }
-
-    fn parse(&self, raw: &RawValue) -> Option<Value> {
+    /// Reads an object and drops what is nothing to us before it costs a place in the queue: Pods
+    /// of nodes that are no edge's, and the status of such Nodes.
+    fn parse(&self, raw: &RawValue) -> Parsed {
         self.metrics.received_bytes.add(raw.get().len() as u64);
-        serde_json::from_str(raw.get()).ok()
+        let Ok(mut object) = serde_json::from_str::<Value>(raw.get()) else {
+            return Parsed::default();
+        };
+        let revision = revision(&object).unwrap_or_default();
+        let is_edge = |path| {
+            let name = object.pointer(path).and_then(Value::as_str);
+            let name = name.and_then(|n| NodeName::parse(n).ok());
+            name.is_some_and(|n| self.state.known.contains(&n))
+        };
+        let concerns = match self.reading.kind {
+            Kind::Pod => is_edge("/spec/nodeName"),
+            Kind::Node => {
+                if !is_edge("/metadata/name")
+                    && let Some(fields) = object.as_object_mut()
+                {
+                    fields.remove("status");
+                }
+                true
+            }
+            Kind::Services | Kind::ConfigMap | Kind::Secret | Kind::Unknown(_) => true,
+        };
+        Parsed {
+            object: concerns.then_some(object),
+            revision,
+        }
     }
 
     async fn tell(&self, seen: Seen) -> Result<(), Closed> {

@@ -13,7 +13,8 @@
 //! Never: a Pod of a node that is not an edge's, a mirror Pod on the way down, an object that no
 //! Pod names.
 
-pub mod pod;
+pub mod live;
+mod pod;
 mod services;
 mod shared;
 
@@ -25,7 +26,8 @@ use common::object::Object;
 use common::trim;
 use serde_json::Value;
 
-use self::pod::{Pod, PodView};
+use self::live::{Live, NodeLive};
+use self::pod::Pod;
 use self::services::{Affected, Services};
 pub use self::shared::Answer;
 use self::shared::Shared;
@@ -88,37 +90,13 @@ pub struct Malformed {
     pub message: String,
 }
 
-/// The live state of an edge's Node, for whoever writes its status. A Node's status is some KB; the
-/// enrolled nodes bound their number.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NodeLive {
-    pub uid: Arc<str>,
-    pub resource_version: Arc<str>,
-    /// JSON text; an empty object when it has none.
-    pub status: Arc<[u8]>,
-}
-
-impl NodeLive {
-    fn of(object: &Value) -> Self {
-        let field = |path| text(object, path).unwrap_or_default().into();
-        let status = object
-            .get("status")
-            .map_or_else(|| "{}".to_owned(), Value::to_string);
-        Self {
-            uid: field("/metadata/uid"),
-            resource_version: field("/metadata/resourceVersion"),
-            status: status.into_bytes().into(),
-        }
-    }
-}
-
 /// What a call to the index brought about, until `take`.
 #[derive(Debug, Default)]
 pub struct Changes {
     /// Nodes whose desired set may differ.
     pub nodes: BTreeSet<NodeName>,
-    /// Nodes of which a Pod's live state changed.
-    pub views: BTreeSet<NodeName>,
+    /// Nodes whose live state changed.
+    pub live: BTreeSet<NodeName>,
     pub commands: Vec<Command>,
     pub malformed: Vec<Malformed>,
     /// The cluster went back in time.
@@ -158,6 +136,11 @@ pub struct Desired {
     pub objects: BTreeMap<ObjectKey, Arc<Versioned>>,
     /// Whether that is everything: nothing waits, every feed has listed once.
     pub complete: bool,
+    /// Whether every feed has listed once: what is neither in `objects` nor held back is not the
+    /// node's.
+    pub all_listed: bool,
+    /// What the node must have but does not get yet.
+    pub held_back: BTreeSet<ObjectKey>,
     /// The revisions of the last lists of its Pods and of its Node object: its own marks, where
     /// they are above those of the feeds.
     pub listed: Listed,
@@ -223,8 +206,9 @@ impl Index {
                 .unwrap_or_default();
             pods.iter().for_each(|uid| self.drop_pod(uid));
             self.edges.remove(&node);
+            self.live_nodes.remove(&node);
             self.changes.nodes.insert(node.clone());
-            self.changes.views.insert(node);
+            self.changes.live.insert(node);
         }
         let new: BTreeSet<NodeName> = names
             .iter()
@@ -242,7 +226,7 @@ impl Index {
     pub fn pod_list_begins(&mut self, covered: &Covered, revision: u64) {
         self.listing_pods.clear();
         if *covered == Covered::All && revision < self.marks.pods {
-            self.rewind();
+            self.rewind(revision);
         }
     }
 
@@ -328,14 +312,9 @@ impl Index {
             Origin::Watch if self.is_old_news(&name, revision) => return,
             Origin::Watch => {}
         }
-        // By its label, since a Node may be seen before its enrolment is.
-        if object
-            .pointer("/metadata/labels/node-role.kubernetes.io~1edge")
-            .is_some()
-        {
-            self.live_nodes
-                .insert(name.clone(), Arc::new(NodeLive::of(object)));
-            self.changes.views.insert(name.clone());
+        if let Some(view) = NodeLive::of(object) {
+            self.live_nodes.insert(name.clone(), Arc::new(view));
+            self.changes.live.insert(name.clone());
         }
         let key = ObjectKey::named(Kind::Node, "", name.as_str());
         let trimmed = Object::present(key, trim::node(object));
@@ -349,19 +328,12 @@ impl Index {
         }
     }
 
-    /// The live state of an edge's Node.
-    pub fn live_node(&self, node: &NodeName) -> Option<Arc<NodeLive>> {
-        self.live_nodes.get(node).cloned()
-    }
-
     pub fn remove_node(&mut self, object: &Value) {
         if let Some((name, revision)) = node_identity(object)
             && !self.is_old_news(&name, revision)
-            && self.nodes.remove(&name).is_some()
+            && self.nodes.contains_key(&name)
         {
-            self.live_nodes.remove(&name);
-            self.changes.views.insert(name.clone());
-            self.node_changed(name);
+            self.drop_node(name);
         }
     }
 
@@ -373,8 +345,7 @@ impl Index {
         };
         let gone = self.nodes.keys().filter(|n| asked(n) && !seen.contains(*n));
         for name in gone.cloned().collect::<Vec<_>>() {
-            self.nodes.remove(&name);
-            self.node_changed(name);
+            self.drop_node(name);
         }
         for (name, edge) in self.edges.iter_mut().filter(|(name, _)| asked(name)) {
             edge.node_listed = Some(revision);
@@ -410,6 +381,9 @@ impl Index {
     pub fn service_list_ends(&mut self, revision: u64) {
         let affected = self.services.list_ends(revision);
         self.services_changed(affected);
+        if self.marks.services == 0 {
+            self.all_changed();
+        }
         self.changes.list_again |= revision < self.marks.services;
         self.marks.services = revision;
     }
@@ -477,8 +451,14 @@ impl Index {
     /// known: it is no edge's node, or not listed yet. That is no empty set, and takes nothing away.
     pub fn desired(&self, node: &NodeName) -> Option<Desired> {
         let edge = self.edges.get(node).filter(|e| e.listed.is_some())?;
+        let Marks {
+            nodes, services, ..
+        } = self.marks;
+        let seen = nodes > 0 && services > 0;
+        let all_listed = seen && self.nodes_listed && self.services.is_listed();
         let mut desired = Desired {
-            complete: self.nodes_listed && self.services.is_listed(),
+            complete: all_listed,
+            all_listed,
             listed: Listed {
                 pods: edge.listed.unwrap_or_default(),
                 node: edge.node_listed.unwrap_or_default(),
@@ -486,31 +466,31 @@ impl Index {
             ..Desired::default()
         };
         let mut namespaces = BTreeSet::new();
-        for pod in edge
-            .pods
-            .iter()
-            .filter_map(|uid| self.pods.get(uid))
-            .filter(|p| p.goes_down())
-        {
+        let pods = edge.pods.iter().filter_map(|uid| self.pods.get(uid));
+        for pod in pods.filter(|p| p.goes_down()) {
             namespaces.insert(pod.view.namespace.clone());
             desired.complete &= pod.is_current();
-            desired.add(pod.shown());
+            desired.add(pod.key(), pod.shown());
             for reference in pod.references() {
-                desired.add(self.shared.granted(reference, node));
+                desired.add(reference, self.shared.granted(reference, node));
+                desired.complete &= self.shared.is_granted_at(reference, node, 1);
             }
         }
-        self.services
-            .of(&namespaces)
-            .for_each(|s| desired.add(Some(s)));
-        desired.add(self.nodes.get(node));
+        let services = self.services.of(&namespaces);
+        for object in services.chain(self.nodes.get(node)) {
+            desired.add(&object.object.key, Some(object));
+        }
         Some(desired)
     }
 
-    /// The live state of the node's Pods, mirror Pods included.
-    pub fn views(&self, node: &NodeName) -> BTreeMap<Arc<str>, Arc<PodView>> {
+    /// The live state of the node, for whoever writes its statuses.
+    pub fn live(&self, node: &NodeName) -> Live {
         let uids = self.edges.get(node).into_iter().flat_map(|e| &e.pods);
         let pods = uids.filter_map(|uid| Some((uid.clone(), self.pods.get(uid)?.view.clone())));
-        pods.collect()
+        Live {
+            pods: Arc::new(pods.collect()),
+            node: self.live_nodes.get(node).cloned(),
+        }
     }
 
     /// Whether a Pod of `node` names `reference`.
@@ -537,7 +517,7 @@ impl Index {
         let known = self.pods.remove(&uid);
         let is_new = known.is_none();
         let (mut pod, diff) = Pod::next(known, seen, object);
-        self.changes.views.insert(node.clone());
+        self.changes.live.insert(node.clone());
         if is_new && pod.goes_down() {
             self.services.want(&pod.view.namespace, &node, revision);
         }
@@ -573,7 +553,7 @@ impl Index {
             edge.pods.remove(uid);
         }
         self.changes.nodes.insert(node.clone());
-        self.changes.views.insert(node.clone());
+        self.changes.live.insert(node.clone());
     }
 
     /// Shows what waited for this answer.
@@ -603,6 +583,13 @@ impl Index {
         listed.is_some_and(|listed| revision <= listed)
     }
 
+    fn drop_node(&mut self, name: NodeName) {
+        self.nodes.remove(&name);
+        self.live_nodes.remove(&name);
+        self.changes.live.insert(name.clone());
+        self.node_changed(name);
+    }
+
     fn node_changed(&mut self, name: NodeName) {
         if self.is_edge(&name) {
             self.changes.nodes.insert(name);
@@ -621,25 +608,35 @@ impl Index {
         self.changes.nodes.extend(self.edges.keys().cloned());
     }
 
-    /// A consistent list is below what was seen: the cluster was restored from a backup.
-    fn rewind(&mut self) {
+    /// A consistent list at `revision` is below what was seen: the cluster was restored from a
+    /// backup. Nothing is taken away, and nothing is complete before it was seen again.
+    fn rewind(&mut self, revision: u64) {
         self.pods.values_mut().for_each(Pod::rewind);
         self.shared.rewind(&mut self.orders);
-        self.marks = Marks::default();
+        // A feed that has noticed by itself may have listed the restored cluster already.
+        let forget = |mark: &mut u64| *mark = if *mark > revision { 0 } else { *mark };
+        self.marks.pods = 0;
+        forget(&mut self.marks.nodes);
+        forget(&mut self.marks.services);
         for edge in self.edges.values_mut() {
             edge.listed = edge.listed.map(|_| 0);
-            edge.node_listed = None;
+            edge.node_listed = edge.node_listed.filter(|listed| *listed <= revision);
         }
+        self.all_changed();
         self.changes.rewound = true;
         self.changes.list_again = true;
     }
 }
 
 impl Desired {
-    fn add(&mut self, object: Option<&Arc<Versioned>>) {
-        if let Some(object) = object {
-            self.objects
-                .insert(object.object.key.clone(), object.clone());
+    fn add(&mut self, key: &ObjectKey, object: Option<&Arc<Versioned>>) {
+        match object {
+            Some(object) => {
+                self.objects.insert(key.clone(), object.clone());
+            }
+            None => {
+                self.held_back.insert(key.clone());
+            }
         }
     }
 }

@@ -11,8 +11,7 @@ use std::sync::{Arc, RwLock};
 use common::ids::{Kind, NodeName, ObjectKey};
 use tokio::sync::watch;
 
-use super::index::NodeLive;
-use super::index::pod::PodView;
+use super::index::live::{Live, NodeLive, PodView};
 use super::index::{Desired, Listed, Marks};
 use super::versioned::{Versioned, View};
 
@@ -20,9 +19,7 @@ use super::versioned::{Versioned, View};
 #[derive(Debug, Clone)]
 pub struct NodeSnapshot {
     pub objects: Arc<BTreeMap<ObjectKey, Arc<Versioned>>>,
-    /// Whether that is everything: only then may the absence of a key be taken for a removal by
-    /// somebody who did not see it here before. A key that vanishes between two snapshots of one
-    /// feed was removed, complete or not.
+    /// Whether that is everything: the digest of `objects` may be called complete.
     pub complete: bool,
     /// For each kind, the resourceVersion up to which this snapshot is known to hold everything.
     ///
@@ -31,9 +28,18 @@ pub struct NodeSnapshot {
     /// the Pods' mark, since it is the Pods that name none. A batch of changes must carry no less
     /// than the `revision` of each object in it (`batch_marks`).
     pub marks: BTreeMap<Kind, u64>,
+    held_back: Arc<BTreeSet<ObjectKey>>,
+    all_listed: bool,
 }
 
 impl NodeSnapshot {
+    /// Whether the node is known to have no business with `key`, complete or not: every feed has
+    /// listed, and the object is neither in the set nor held back until it was read. So a Pod that
+    /// waits for a refused Secret does not keep the others from being removed.
+    pub fn may_remove(&self, key: &ObjectKey) -> bool {
+        self.all_listed && !self.objects.contains_key(key) && !self.held_back.contains(key)
+    }
+
     /// The marks of a batch that carries `objects`: the newest revision per kind. An edge that
     /// keeps the highest of them refuses a complete digest that knows less.
     pub fn batch_marks<'a>(
@@ -51,16 +57,16 @@ impl NodeSnapshot {
 #[derive(Debug, Default, Clone)]
 struct Set {
     objects: Arc<BTreeMap<ObjectKey, Arc<Versioned>>>,
+    held_back: Arc<BTreeSet<ObjectKey>>,
+    all_listed: bool,
     complete: bool,
     listed: Listed,
 }
 
-type Views = Arc<BTreeMap<Arc<str>, Arc<PodView>>>;
-
 #[derive(Debug)]
 struct Cell {
     set: watch::Sender<Set>,
-    views: watch::Sender<Views>,
+    live: watch::Sender<Arc<Live>>,
 }
 
 #[derive(Debug, Default)]
@@ -74,9 +80,8 @@ struct Feeds {
 pub(super) struct Published {
     cells: RwLock<HashMap<NodeName, Arc<Cell>>>,
     pods: RwLock<HashMap<Arc<str>, Arc<PodView>>>,
-    nodes: RwLock<HashMap<NodeName, Arc<NodeLive>>>,
     feeds: Feeds,
-    /// Each cluster-wide feed has been listed once.
+    /// Each cluster-wide feed has listed once.
     listed: watch::Sender<bool>,
 }
 
@@ -116,6 +121,8 @@ impl NodeFeed {
             objects,
             complete,
             marks,
+            held_back: set.held_back,
+            all_listed: set.all_listed,
         }
     }
 
@@ -130,16 +137,16 @@ impl NodeFeed {
 
 /// The live state of one node's Pods, as it changes.
 #[derive(Debug)]
-pub struct PodViews(watch::Receiver<Views>);
+pub struct PodViews(watch::Receiver<Arc<Live>>);
 
 impl PodViews {
     /// By UID; mirror Pods included.
     pub fn snapshot(&self) -> Arc<BTreeMap<Arc<str>, Arc<PodView>>> {
-        self.0.borrow().clone()
+        self.0.borrow().pods.clone()
     }
 
-    /// Waits until a Pod of the node changed in the API, whatever changed in it. Changes that come
-    /// together are one. Never returns once the downstream task ended.
+    /// Waits until a Pod of the node, or its Node, changed in the API, whatever changed in it.
+    /// Changes that come together are one. Never returns once the downstream task ended.
     pub async fn changed(&mut self) {
         if self.0.changed().await.is_err() {
             std::future::pending::<()>().await;
@@ -156,23 +163,17 @@ impl Published {
     }
 
     pub(super) fn pod_views(&self, node: &NodeName) -> PodViews {
-        PodViews(self.cell(node).views.subscribe())
+        PodViews(self.cell(node).live.subscribe())
+    }
+
+    pub(super) fn node(&self, node: &NodeName) -> Option<Arc<NodeLive>> {
+        let cell = read(&self.cells).get(node).cloned()?;
+        let live = cell.live.borrow();
+        live.node.clone()
     }
 
     pub(super) fn listed(&self) -> watch::Receiver<bool> {
         self.listed.subscribe()
-    }
-
-    pub(super) fn live_node(&self, node: &NodeName) -> Option<Arc<NodeLive>> {
-        read(&self.nodes).get(node).cloned()
-    }
-
-    pub(super) fn set_live_node(&self, node: &NodeName, live: Option<Arc<NodeLive>>) {
-        let mut nodes = write(&self.nodes);
-        match live {
-            Some(live) => nodes.insert(node.clone(), live),
-            None => nodes.remove(node),
-        };
     }
 
     pub(super) fn pod(&self, uid: &str) -> Option<Arc<PodView>> {
@@ -184,39 +185,46 @@ impl Published {
     pub(super) fn set(&self, node: &NodeName, desired: Option<Desired>) -> bool {
         self.cell(node).set.send_if_modified(|set| {
             let Some(desired) = desired else {
+                set.all_listed = false;
                 return std::mem::replace(&mut set.complete, false);
             };
+            let pairs = || set.objects.values().zip(desired.objects.values());
             let same = set.complete == desired.complete
+                && set.all_listed == desired.all_listed
+                && *set.held_back == desired.held_back
                 && set.objects.len() == desired.objects.len()
-                && set
-                    .objects
-                    .values()
-                    .zip(desired.objects.values())
-                    .all(|(a, b)| Arc::ptr_eq(a, b));
+                && pairs().all(|(a, b)| Arc::ptr_eq(a, b));
             // A later list of the same is not worth waking anybody.
             set.listed = desired.listed;
             if !same {
                 *set = Set {
-                    listed: desired.listed,
                     objects: Arc::new(desired.objects),
+                    held_back: Arc::new(desired.held_back),
+                    all_listed: desired.all_listed,
                     complete: desired.complete,
+                    listed: desired.listed,
                 };
             }
             !same
         })
     }
 
-    pub(super) fn set_views(&self, node: &NodeName, views: BTreeMap<Arc<str>, Arc<PodView>>) {
+    pub(super) fn set_live(&self, node: &NodeName, live: Live) {
         let cell = self.cell(node);
-        let before = cell.views.borrow().clone();
+        let before = cell.live.borrow().clone();
         {
             let mut pods = write(&self.pods);
-            for uid in before.keys().filter(|uid| !views.contains_key(*uid)) {
+            for uid in before
+                .pods
+                .keys()
+                .filter(|uid| !live.pods.contains_key(*uid))
+            {
                 pods.remove(uid);
             }
-            pods.extend(views.iter().map(|(uid, view)| (uid.clone(), view.clone())));
+            let all = live.pods.iter();
+            pods.extend(all.map(|(uid, view)| (uid.clone(), view.clone())));
         }
-        cell.views.send_replace(Arc::new(views));
+        cell.live.send_replace(Arc::new(live));
     }
 
     /// After the sets that these marks vouch for.
@@ -231,7 +239,7 @@ impl Published {
 
     /// Forgets nodes that are no edge's any more and that nobody follows.
     pub(super) fn prune(&self, edges: &BTreeSet<NodeName>) {
-        let followed = |c: &Cell| c.set.receiver_count() + c.views.receiver_count() > 0;
+        let followed = |c: &Cell| c.set.receiver_count() + c.live.receiver_count() > 0;
         write(&self.cells).retain(|node, cell| edges.contains(node) || followed(cell));
     }
 
@@ -250,7 +258,7 @@ impl Published {
         let new = || {
             Arc::new(Cell {
                 set: watch::Sender::new(Set::default()),
-                views: watch::Sender::new(Views::default()),
+                live: watch::Sender::default(),
             })
         };
         write(&self.cells)

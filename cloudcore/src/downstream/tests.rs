@@ -194,6 +194,7 @@ async fn a_server_that_fails_restarts_and_forgets_loses_nothing() {
     server.put("secrets", secret("s", "MQ=="));
     let running = Running::start(server.clone(), &["a"]);
     running.wait("a", has_pod("u")).await;
+    running.handle.listed().await;
     server.wait_for_watches("secrets", 1).await;
 
     server.hang_up();
@@ -356,6 +357,27 @@ async fn the_live_status_is_there_for_who_writes_it_and_wakes_no_session() {
     assert_eq!(running.handle.pod("u"), Some(view));
     assert!(Arc::ptr_eq(&before.objects, &feed.snapshot().objects));
 
+    let named = |name: &str| {
+        json!({"metadata": {"name": name, "uid": "n"}, "spec": {},
+               "status": {"conditions": [{"type": "Ready", "status": "True"}]}})
+    };
+    server.put("nodes", named("b"));
+    server.put("nodes", named("a"));
+    tokio::time::timeout(Duration::from_secs(20), views.changed())
+        .await
+        .unwrap();
+    let live = running.handle.node(&node("a")).unwrap();
+    let status: Value = serde_json::from_slice(&live.status).unwrap();
+    assert_eq!(status, named("a")["status"]);
+    assert!(running.handle.node(&node("b")).is_none());
+    running.edges.send_replace(names(&["a", "b"]));
+    let mut on_b = running.handle.pod_views(&node("b"));
+    while running.handle.node(&node("b")).is_none() {
+        tokio::time::timeout(Duration::from_secs(20), on_b.changed())
+            .await
+            .unwrap();
+    }
+
     server.delete("pods", "p-u");
     tokio::time::timeout(Duration::from_secs(20), views.changed())
         .await
@@ -390,5 +412,14 @@ async fn a_malformed_object_is_reported_and_the_loop_goes_on() {
     );
     let snapshot = running.handle.feed(&node("a")).snapshot();
     assert!(!snapshot.complete && has_pod("u")(&snapshot) && !has_pod("v")(&snapshot));
+    let removable = |key: &ObjectKey| snapshot.may_remove(key);
+    assert!(removable(&pod_key("gone")) && removable(&secret_key("gone")));
+    assert!(!removable(&pod_key("u")), "the node has it");
+    assert!(
+        !removable(&pod_key("v")) && !removable(&secret_key("s")),
+        "held back"
+    );
+    let nothing_known = running.handle.feed(&node("b")).snapshot();
+    assert!(!nothing_known.may_remove(&pod_key("gone")));
     running.stop().await;
 }

@@ -73,8 +73,8 @@ impl CloudView for SessionView<'_> {
         Some(put)
     }
 
-    fn may_remove(&self, _: &ObjectKey) -> bool {
-        self.snapshot.complete
+    fn may_remove(&self, key: &ObjectKey) -> bool {
+        self.snapshot.may_remove(key)
     }
 
     fn complete(&self) -> bool {

@@ -1,8 +1,7 @@
 //! One Pod of an edge node in the index: what its node is shown, and what of it the cloud sees.
 //!
 //! Pure. Memory of a Pod: its trimmed bytes (2 to 5 KB), at most two older versions of them, and
-//! its live status as bytes (1 to 4 KB); a parsed status would take five times that. The API server
-//! bounds each at 1.5 MiB, a node's 110 Pods bound their number.
+//! its live state.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -12,51 +11,14 @@ use common::object::Object;
 use common::trim;
 use serde_json::Value;
 
+use super::live::PodView;
 use super::{Malformed, is_name, revision, text};
 use crate::downstream::references;
 use crate::downstream::versioned::Versioned;
 
-/// A static Pod's image in the API, written by its own node: the node never gets it back.
-const MIRROR: &str = "kubernetes.io/config.mirror";
-
 /// The reason of an Event on an object that cannot be understood.
 pub(super) const MALFORMED: &str = "Malformed";
 const REFUSED: &str = "ReferenceRefused";
-
-/// The live state of a Pod of an edge node, for whoever writes its status.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PodView {
-    pub namespace: Arc<str>,
-    pub name: Arc<str>,
-    pub uid: Arc<str>,
-    pub resource_version: Arc<str>,
-    pub node: NodeName,
-    /// `spec.serviceAccountName`.
-    pub service_account: Arc<str>,
-    /// RFC 3339, as the API server wrote it.
-    pub deletion_timestamp: Option<Arc<str>>,
-    /// The hash in the annotation of a mirror Pod, by which its static Pod is known.
-    pub mirror: Option<Arc<str>>,
-    status: Arc<[u8]>,
-    tolerations: Option<Arc<[u8]>>,
-}
-
-impl PodView {
-    /// The Pod's whole status as the API server holds it; an empty object when it has none.
-    pub fn status(&self) -> Value {
-        serde_json::from_slice(&self.status).unwrap_or_else(|_| Value::Object(Default::default()))
-    }
-
-    /// The same as JSON text.
-    pub fn status_bytes(&self) -> Arc<[u8]> {
-        self.status.clone()
-    }
-
-    /// The Pod's tolerations, if one of them ends after some seconds: what autonomy edits.
-    pub fn ending_tolerations(&self) -> Option<Value> {
-        serde_json::from_slice(self.tolerations.as_deref()?).ok()
-    }
-}
 
 /// What every Pod must have to be placed.
 pub(super) struct Seen {
@@ -92,33 +54,6 @@ impl Seen {
             name: name.into(),
         })
     }
-
-    fn view(&self, object: &Value) -> PodView {
-        let status = object
-            .get("status")
-            .map(Value::to_string)
-            .unwrap_or_else(|| "{}".into());
-        let tolerations = object
-            .pointer("/spec/tolerations")
-            .and_then(Value::as_array);
-        let ends = |t: &Value| t.get("tolerationSeconds").is_some_and(|s| !s.is_null());
-        PodView {
-            namespace: self.namespace.clone(),
-            name: self.name.clone(),
-            uid: self.uid.clone(),
-            resource_version: self.revision.to_string().into(),
-            node: self.node.clone(),
-            service_account: text(object, "/spec/serviceAccountName")
-                .unwrap_or_default()
-                .into(),
-            deletion_timestamp: text(object, "/metadata/deletionTimestamp").map(Into::into),
-            mirror: mirror(object).map(Into::into),
-            status: status.into_bytes().into(),
-            tolerations: tolerations
-                .filter(|all| all.iter().any(ends))
-                .map(|all| Value::from(all.clone()).to_string().into_bytes().into()),
-        }
-    }
 }
 
 /// The UID of a Pod, if it is one: letters, digits and hyphens.
@@ -127,13 +62,6 @@ pub(super) fn uid(object: &Value) -> Option<&str> {
     let fits = !uid.is_empty() && uid.len() <= 128;
     let plain = uid.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
     (fits && plain).then_some(uid)
-}
-
-fn mirror(object: &Value) -> Option<&str> {
-    object
-        .pointer("/metadata/annotations")?
-        .get(MIRROR)?
-        .as_str()
 }
 
 fn report(
@@ -177,7 +105,14 @@ pub(super) struct Pod {
 impl Pod {
     pub(super) fn next(known: Option<Self>, seen: Seen, object: &Value) -> (Self, Diff) {
         let key = ObjectKey::pod(&seen.namespace, &seen.name, &seen.uid);
-        let view = Arc::new(seen.view(object));
+        let view = Arc::new(PodView::of(
+            object,
+            &seen.namespace,
+            &seen.name,
+            &seen.uid,
+            &seen.node,
+            seen.revision,
+        ));
         let trimmed = Object::present(key, trim::pod(object));
         let ended = trim::is_terminal(object);
         let is_mirror = view.mirror.is_some();
@@ -248,6 +183,11 @@ impl Pod {
 
     pub(super) fn shown(&self) -> Option<&Arc<Versioned>> {
         self.shown.as_ref()
+    }
+
+    /// The key under which the node knows it.
+    pub(super) fn key(&self) -> &ObjectKey {
+        &self.latest.object.key
     }
 
     /// Whether the node is shown the newest version.
