@@ -103,11 +103,13 @@ impl Flags {
     }
 
     fn parts(&self) -> Parts {
-        use Measure::{Idle, Key, Resume};
+        use Measure::{Delete, Edit, Idle, Key, Memory, Resume, Running};
+        let nodes = self.wants_any(&[Running, Delete, Edit, Memory, Idle, Key, Resume]);
         Parts {
-            ours: !self.peer_only,
+            cloud: !self.peer_only,
+            quic: !self.peer_only && nodes,
             websocket: !self.peer_only && self.wants_any(&[Idle, Key, Resume]),
-            peer: !self.no_peer,
+            peer: !self.no_peer && nodes,
         }
     }
 }
@@ -260,6 +262,9 @@ mod tests {
     fn the_second_edge_runs_only_where_transports_differ() {
         assert!(!parsed(&["running"]).parts().websocket);
         assert!(parsed(&["idle"]).parts().websocket);
-        assert!(!parsed(&["idle", "--peer-only"]).parts().ours);
+        let parts = parsed(&["idle", "--peer-only"]).parts();
+        assert!(parts.peer && !parts.cloud && !parts.quic && !parts.websocket);
+        let parts = parsed(&["hub"]).parts();
+        assert!(parts.cloud && !parts.quic && !parts.peer);
     }
 }

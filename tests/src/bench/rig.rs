@@ -22,7 +22,8 @@ use crate::world::condition;
 /// Which nodes are needed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Parts {
-    pub ours: bool,
+    pub cloud: bool,
+    pub quic: bool,
     pub websocket: bool,
     pub peer: bool,
 }
@@ -97,9 +98,12 @@ impl Rig {
             )?;
             rig.peer = Some(peer);
         }
-        if parts.ours {
-            progress("starting cloudcore and joining");
+        if parts.cloud {
+            progress("starting cloudcore");
             rig.cloud = Some(Cloud::start(&bed, &rig.kubeconfig)?);
+        }
+        if parts.quic {
+            progress("joining");
             rig.quic = Some(rig.joined("edge-quic", Transport::Quic)?);
         }
         if parts.websocket {
