@@ -17,11 +17,13 @@ use std::time::Duration;
 
 use common::backoff::Backoff;
 use common::hub::dial::{self, DialError, DialOptions, Preference, Target};
+use common::hub::lanes::LaneError;
 use common::hub::proto::{self, GoAwayReason};
 use common::hub::tls::ClientIdentity;
-use common::hub::transport::{Connection, LinkConfig, TransportKind};
+use common::hub::transport::{Connection, LinkConfig, Refusal, TransportError, TransportKind};
 use common::telemetry::chain;
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
@@ -54,6 +56,20 @@ enum LinkError {
     Dial(#[from] DialError),
 }
 
+impl LinkError {
+    fn says_expired(&self) -> bool {
+        match self {
+            LinkError::Link(_) => false,
+            LinkError::Dial(error) => error.most_telling().is_some_and(is_expired),
+        }
+    }
+}
+
+/// Whether the cloud, whose clock alone judges devices, found this one's certificate run out.
+fn is_expired(error: &TransportError) -> bool {
+    matches!(error, TransportError::Refused(Refusal::Expired))
+}
+
 /// Keep-alives that notice a dead link in time: two fit into the deadline.
 fn link_config(dead_after: Duration) -> LinkConfig {
     let usual = LinkConfig::default();
@@ -84,6 +100,10 @@ pub struct Task {
     deps: Deps,
     backoff: Backoff,
     remembered: Option<TransportKind>,
+    /// When a certificate may be asked for again over a session.
+    renew_from: Instant,
+    /// The cloud said that the certificate has run out, whatever this device's clock says.
+    told_expired: bool,
 }
 
 impl Task {
@@ -92,6 +112,8 @@ impl Task {
             deps,
             backoff: Backoff::new(FIRST_WAIT, LONGEST_WAIT),
             remembered: None,
+            renew_from: Instant::now(),
+            told_expired: false,
         }
     }
 
@@ -119,7 +141,7 @@ impl Task {
             Ok(None) => return UNWANTED_WAIT,
             Err(error) => return self.lost(&error),
         };
-        if identity.expired(&self.deps.store) {
+        if std::mem::take(&mut self.told_expired) || identity.expired(&self.deps.store) {
             info!(node = %identity.node, "the certificate has run out; asking for another");
             if let Err(error) = join::again(&self.deps.store, &identity).await {
                 return self.lost(&error);
@@ -128,11 +150,14 @@ impl Task {
         }
         let connection = match self.dial(&identity).await {
             Ok(connection) => connection,
-            Err(error) => return self.lost(&error),
+            Err(error) => {
+                self.told_expired = error.says_expired();
+                return self.lost(&error);
+            }
         };
         info!(transport = %connection.kind(), remote = %connection.remote_address(), "connected");
         self.remembered = Some(connection.kind());
-        let mut renewal = Renewal::new(self.deps.store.clone(), &identity);
+        let mut renewal = Renewal::new(self.deps.store.clone(), &identity, self.renew_from);
         let state = match self.state(&identity) {
             Ok(state) => state,
             Err(error) => return self.lost(&error),
@@ -149,6 +174,9 @@ impl Task {
         let (end, proved) = session::run(&connection, deps).await;
         if proved {
             self.backoff.reset();
+        }
+        if matches!(end, SessionEnd::Renewed) {
+            self.renew_from = Instant::now() + identity.renewal_pause();
         }
         self.ended(end)
     }
@@ -212,6 +240,10 @@ impl Task {
                 least
                     .max(retry_after)
                     .max(self.backoff.next_wait(rand::random()))
+            }
+            SessionEnd::Lanes(LaneError::Transport(ref error)) => {
+                self.told_expired = is_expired(error);
+                self.lost(&end)
             }
             SessionEnd::Lanes(_) | SessionEnd::Protocol(_) | SessionEnd::Store(_) => {
                 self.lost(&end)
