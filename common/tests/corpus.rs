@@ -2,6 +2,8 @@
 //!
 //! `UPDATE=1` writes the seeds: each frame of `tests/wire` alone, and as a step of a session.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
 #[path = "../fuzz/src/bodies.rs"]
 mod bodies;
 
