@@ -11,16 +11,15 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use common::hub::session::MAX_REPORT;
 use common::ids::{Kind, NodeName, ObjectKey};
-use common::object::{Content, ContentHash, Digest};
+use common::object::{ContentHash, Digest};
 
 use super::queue::Moment;
 
 /// A kubelet has 110 Pods by default and 500 in the densest clusters; twice that leaves room for
 /// Pods that end while their successors start.
 const MAX_REPORTS: usize = 1024;
-/// A Pod's status with 20 containers and full termination messages (12 KiB a Pod) is below 64 KiB.
-const MAX_REPORT: usize = 256 << 10;
 /// Of one node: what 1024 usual reports take, and what a node that lies may cost.
 const MAX_BYTES: usize = 4 << 20;
 
@@ -135,15 +134,10 @@ impl NodeReports {
     pub(super) fn digest(&self) -> Digest {
         let mut digest = Digest::default();
         for (key, held) in &self.held {
-            digest.add(key, &sequence_hash(held.sequence));
+            digest.add(key, &ContentHash::of_sequence(held.sequence));
         }
         digest
     }
-}
-
-/// The content that stands for a sequence in the digest over reports: its eight bytes, big-endian.
-fn sequence_hash(sequence: u64) -> ContentHash {
-    ContentHash::of(&Content::Present(Arc::from(sequence.to_be_bytes())))
 }
 
 /// The key of a Pod's report, if it is one.
@@ -211,7 +205,7 @@ mod tests {
         }
         reports.accept(&pod(2), 99, bytes(5), true).unwrap();
         reports.remove(&pod(0));
-        let hash = |s: u64| ContentHash::of(&Content::Present(s.to_be_bytes().to_vec().into()));
+        let hash = ContentHash::of_sequence;
         let want = Digest::of([(&pod(1), &hash(8)), (&pod(2), &hash(99))]);
         assert_eq!(reports.digest(), want);
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use testbed::edge::Edge;
-use testbed::images::BUSYBOX;
+use testbed::images::{BUSYBOX, PAUSE};
 use testbed::wait::{holds_for, wait_for};
 use testbed::world::{SOON, World, container_id, restarts, shell_pod};
 
@@ -246,6 +246,35 @@ fn a_pod_that_is_deleted_by_force_gives_way_to_the_next_of_its_name() -> Result<
     })?;
     world.kubectl.ok(&["delete", "statefulset", "force"])?;
     world.pod_gone(&edge, "force-0")
+}
+
+#[test]
+fn a_pod_that_gets_another_image_gets_another_container() -> Result<()> {
+    let world = world()?;
+    let _peace = world.in_peace();
+    let edge = world.edge("image")?;
+    let mut pod = shell_pod("image-pod", "image", "");
+    let container = &mut pod["spec"]["containers"][0];
+    container["command"].take();
+    container["image"] = json!(PAUSE);
+    world.kubectl.apply(&pod.to_string())?;
+    let before = world.pod_running(&edge, "image-pod")?;
+    world
+        .kubectl
+        .ok(&["set", "image", "pod/image-pod", &format!("main={BUSYBOX}")])?;
+    wait_for("another container", SOON, || {
+        let pod = world.kubectl.json(&["get", "pod", "image-pod"])?;
+        let status = &pod["status"]["containerStatuses"][0];
+        ensure!(status["image"] == BUSYBOX, "{status}");
+        ensure!(container_id(&pod)? != container_id(&before)?, "{status}");
+        ensure!(restarts(&pod) >= Some(1), "{status}");
+        ensure!(
+            pod["metadata"]["uid"] == before["metadata"]["uid"],
+            "a new Pod"
+        );
+        Ok(())
+    })
+    .with_context(|| world.story(&edge))
 }
 
 /// Waits for an Event of a Pod.
