@@ -119,12 +119,18 @@ async fn remove(shared: &Shared, uid: &str, found: &Found) {
             let _ = cgroups.remove(uid, qos);
         }
     }
-    let entries = std::fs::read_dir(&shared.paths.pod_logs);
-    let end = format!("_{uid}");
-    for entry in entries.into_iter().flatten().flatten() {
-        if entry.file_name().to_string_lossy().ends_with(&end) {
-            let _ = std::fs::remove_dir_all(entry.path());
+    let (logs, ledger) = (shared.paths.pod_logs.clone(), shared.ledger.clone());
+    let uid = uid.to_owned();
+    let done = tokio::task::spawn_blocking(move || {
+        let end = format!("_{uid}");
+        for entry in std::fs::read_dir(logs).into_iter().flatten().flatten() {
+            if entry.file_name().to_string_lossy().ends_with(&end) {
+                let _ = std::fs::remove_dir_all(entry.path());
+            }
         }
+        ledger.release(&uid);
+    });
+    if let Err(error) = done.await {
+        tracing::error!(%error, "what belongs to no Pod was not removed");
     }
-    shared.ledger.release(uid);
 }
