@@ -3,9 +3,9 @@
 //!
 //! Looks only where nobody else writes: the runtime, the agent's own directory and its ledger; log
 //! directories may be another agent's. Never touches a running container before the cloud has said once that the desired set is
-//! complete, and never anything that does not carry the labels of a Pod.
+//! complete, and never anything that does not carry this node's own label: a runtime may be shared.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -61,16 +61,22 @@ struct Found {
 
 async fn owners(shared: &Shared) -> BTreeMap<String, Found> {
     let mut all: BTreeMap<String, Found> = BTreeMap::new();
+    let node = shared.environment.borrow().as_ref().map(|e| e.node_name.clone());
+    let Some(node) = node else { return all };
+    let owner = |labels: &HashMap<String, String>| {
+        let mine = labels.get(convert::NODE) == Some(&node);
+        labels.get(convert::POD_UID).filter(|_| mine).cloned()
+    };
     if let Ok(sandboxes) = shared.cri.list_sandboxes(None).await {
         for s in sandboxes {
-            if let Some(uid) = s.labels.get(convert::POD_UID) {
-                all.entry(uid.clone()).or_default().sandboxes.push(s.id);
+            if let Some(uid) = owner(&s.labels) {
+                all.entry(uid).or_default().sandboxes.push(s.id);
             }
         }
     }
     if let Ok(containers) = shared.cri.list_containers(None).await {
         for c in containers {
-            let Some(uid) = c.labels.get(convert::POD_UID) else {
+            let Some(uid) = owner(&c.labels) else {
                 continue;
             };
             let grace = c
@@ -78,7 +84,7 @@ async fn owners(shared: &Shared) -> BTreeMap<String, Found> {
                 .get(convert::POD_GRACE)
                 .and_then(|g| g.parse().ok());
             let grace = grace.map_or(GRACE, Duration::from_secs);
-            all.entry(uid.clone())
+            all.entry(uid)
                 .or_default()
                 .containers
                 .push((c.id, grace));

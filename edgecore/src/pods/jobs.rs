@@ -252,6 +252,7 @@ impl Job {
         }
         Ok(convert::sandbox_config(convert::SandboxInput {
             pod: &self.pod,
+            node: &self.environment.node_name,
             attempt,
             hostname: &hostname,
             dns,
@@ -417,6 +418,7 @@ impl Job {
         };
         Ok(convert::container_config(convert::ContainerInput {
             pod: &self.pod,
+            node: &self.environment.node_name,
             container,
             attempt,
             image_ref: image.id,

@@ -46,6 +46,7 @@ pub(super) struct Device {
     pub(super) ledger: Arc<InMemory>,
     pub(super) tokens: Arc<SomeTokens>,
     pub(super) dir: tempfile::TempDir,
+    pub(super) node: &'static str,
 }
 
 pub(super) struct Agent {
@@ -72,6 +73,7 @@ impl Device {
             ledger: Arc::default(),
             tokens: Arc::default(),
             dir: tempfile::tempdir().unwrap(),
+            node: "edge-1",
         };
         device.fake.add_image("i:1");
         device.put_object(ObjectKey::named(Kind::Services, "default", ""), json!([]));
@@ -90,7 +92,7 @@ impl Device {
             self.tokens.clone(),
         );
         let environment = Environment {
-            node_name: "edge-1".into(),
+            node_name: self.node.into(),
             node_ip: "192.0.2.7".parse().unwrap(),
             cluster_dns: Some("10.96.0.10".parse().unwrap()),
             cluster_domain: "cluster.local".into(),
