@@ -35,6 +35,13 @@ impl ContentHash {
         Self(out)
     }
 
+    /// What stands for the number of a report in the digest over reports, at both ends.
+    pub fn of_sequence(sequence: u64) -> Self {
+        let mut hash = [0; 16];
+        hash[8..].copy_from_slice(&sequence.to_be_bytes());
+        Self(hash)
+    }
+
     /// From the wire or the disk; `None` when the length is wrong.
     pub fn from_slice(bytes: &[u8]) -> Option<Self> {
         Some(Self(bytes.try_into().ok()?))

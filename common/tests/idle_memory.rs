@@ -4,6 +4,8 @@
 //! The listener runs in a process of its own (this test binary again), on one thread; the devices
 //! run here. Each session has three lanes open and is then left alone.
 
+#![expect(clippy::print_stdout, reason = "it prints what it measured")]
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
@@ -171,6 +173,7 @@ async fn serve(ca: &Ca) {
     let config = ListenConfig {
         address: ([127, 0, 0, 1], 0).into(),
         link: LinkConfig::default(),
+        reset_key: [7; 32],
         limits: Limits::default(),
     };
     let (mut listener, task) = bind(config, tls).await.expect("bind");

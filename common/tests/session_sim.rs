@@ -8,6 +8,8 @@
 //! - the edge acts on nothing that is not committed (the model applies commits only);
 //! - the cloud never takes an older report of a Pod after a newer one of the same incarnation.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -134,10 +136,6 @@ fn epoch_id(n: u64) -> [u8; 16] {
     u128::from(n + 1).to_be_bytes()
 }
 
-fn report_leaf(sequence: u64) -> ContentHash {
-    ContentHash::of(&Content::Present(sequence.to_be_bytes().to_vec().into()))
-}
-
 impl CloudView for View<'_> {
     fn epoch(&self) -> [u8; 16] {
         epoch_id(self.epoch)
@@ -200,7 +198,7 @@ impl CloudView for View<'_> {
         let leaves: Vec<_> = self
             .reports
             .iter()
-            .map(|(k, (seq, _))| (k, report_leaf(*seq)))
+            .map(|(k, (seq, _))| (k, ContentHash::of_sequence(*seq)))
             .collect();
         Digest::of(leaves.iter().map(|(k, h)| (*k, h)))
     }
@@ -238,7 +236,7 @@ impl EdgeState for DiskCell {
         let leaves: Vec<_> = d
             .reports
             .iter()
-            .map(|(k, (seq, ..))| (k, report_leaf(*seq)))
+            .map(|(k, (seq, ..))| (k, ContentHash::of_sequence(*seq)))
             .collect();
         HelloFacts {
             agent_version: "sim".into(),

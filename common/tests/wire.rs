@@ -2,6 +2,8 @@
 //! here is a change of what old and new ends say to one another: field numbers only grow.
 //! `UPDATE=1 cargo test -p common --test wire` writes the files.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
 use std::fmt::Write as _;
 use std::path::Path;
 

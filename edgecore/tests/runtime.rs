@@ -1,5 +1,7 @@
 //! The Pod manager on a real containerd: what no fake can prove.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
 #[path = "runtime/rig.rs"]
 mod rig;
 

@@ -158,6 +158,7 @@ async fn listen(ca: &Ca) -> Listener {
     let config = ListenConfig {
         address: ([127, 0, 0, 1], 0).into(),
         link: LinkConfig::default(),
+        reset_key: [7; 32],
         limits: Limits::default(),
     };
     let (listener, task) = bind(config, tls).await.unwrap();

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use common::ids::{Kind, NodeName, ObjectKey};
-use common::object::{Content, ContentHash, Digest};
+use common::object::{ContentHash, Digest};
 
 use super::queue::Moment;
 
@@ -135,15 +135,10 @@ impl NodeReports {
     pub(super) fn digest(&self) -> Digest {
         let mut digest = Digest::default();
         for (key, held) in &self.held {
-            digest.add(key, &sequence_hash(held.sequence));
+            digest.add(key, &ContentHash::of_sequence(held.sequence));
         }
         digest
     }
-}
-
-/// The content that stands for a sequence in the digest over reports: its eight bytes, big-endian.
-fn sequence_hash(sequence: u64) -> ContentHash {
-    ContentHash::of(&Content::Present(Arc::from(sequence.to_be_bytes())))
 }
 
 /// The key of a Pod's report, if it is one.
@@ -211,7 +206,7 @@ mod tests {
         }
         reports.accept(&pod(2), 99, bytes(5), true).unwrap();
         reports.remove(&pod(0));
-        let hash = |s: u64| ContentHash::of(&Content::Present(s.to_be_bytes().to_vec().into()));
+        let hash = ContentHash::of_sequence;
         let want = Digest::of([(&pod(1), &hash(8)), (&pod(2), &hash(99))]);
         assert_eq!(reports.digest(), want);
     }

@@ -8,10 +8,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tracing::trace;
 
 use crate::hub::frame::{self, FrameReader};
+use crate::hub::proto::message::Body;
 use crate::hub::transport::{Class, Connection, RecvStream, SendStream, TransportError};
 use crate::hub::{Lane, proto};
 
@@ -130,6 +133,7 @@ impl Lanes {
     /// Queues a message; the lane's writer sends it.
     pub fn send(&self, lane: Lane, message: &proto::Message) -> Result<(), LaneError> {
         let bytes = frame::encode(message);
+        trace!(?lane, message = name(message), bytes = bytes.len(), "sent");
         let waiting = self.queued.fetch_add(bytes.len(), Ordering::Relaxed) + bytes.len();
         if waiting > MAX_QUEUED {
             return Err(LaneError::Stalled);
@@ -146,10 +150,38 @@ impl Lanes {
 
     /// The next message of any lane, or why there is none. Cancel safe.
     pub async fn recv(&mut self) -> Received {
-        self.incoming
-            .recv()
-            .await
-            .unwrap_or(Err(LaneError::Closed(Lane::Control)))
+        let received = self.incoming.recv().await;
+        if let Some(Ok((lane, message))) = &received {
+            trace!(
+                ?lane,
+                message = name(message),
+                bytes = message.encoded_len(),
+                "received"
+            );
+        }
+        received.unwrap_or(Err(LaneError::Closed(Lane::Control)))
+    }
+}
+
+/// What a message is, for logs: never what it says.
+fn name(message: &proto::Message) -> &'static str {
+    match &message.body {
+        Some(Body::Hello(_)) => "Hello",
+        Some(Body::Welcome(_)) => "Welcome",
+        Some(Body::WelcomeAck(_)) => "WelcomeAck",
+        Some(Body::Batch(_)) => "Batch",
+        Some(Body::BatchAck(_)) => "BatchAck",
+        Some(Body::WantInventory(_)) => "WantInventory",
+        Some(Body::Inventory(_)) => "Inventory",
+        Some(Body::Reports(_)) => "Reports",
+        Some(Body::ReportAcks(_)) => "ReportAcks",
+        Some(Body::WantReports(_)) => "WantReports",
+        Some(Body::Events(_)) => "Events",
+        Some(Body::EventsAck(_)) => "EventsAck",
+        Some(Body::Request(_)) => "Request",
+        Some(Body::Response(_)) => "Response",
+        Some(Body::GoAway(_)) => "GoAway",
+        None => "of a later version",
     }
 }
 

@@ -654,10 +654,12 @@ mod tests {
                 common::object::Object::present(key.clone(), *b"{}")
             };
             assert!(references_known(&pod, &desired).is_err());
-            desired.commit(crate::store::desired::Batch {
-                puts: vec![object],
-                ..Default::default()
-            });
+            desired
+                .commit(crate::store::desired::Batch {
+                    puts: vec![object],
+                    ..Default::default()
+                })
+                .unwrap();
         }
         assert_eq!(references_known(&pod, &desired), Ok(()));
     }

@@ -144,10 +144,12 @@ mod tests {
 
     fn desired(key: ObjectKey, json: &str) -> Desired {
         let desired = Desired::in_memory();
-        desired.commit(Batch {
-            puts: vec![Object::present(key, json.as_bytes().to_vec())],
-            ..Batch::default()
-        });
+        desired
+            .commit(Batch {
+                puts: vec![Object::present(key, json.as_bytes().to_vec())],
+                ..Batch::default()
+            })
+            .unwrap();
         desired
     }
 
@@ -177,10 +179,12 @@ mod tests {
             secret(&nothing, "n", "s"),
             Err(ConfigError::Unknown { key: key.clone() })
         );
-        nothing.commit(Batch {
-            puts: vec![Object::absent(key)],
-            ..Batch::default()
-        });
+        nothing
+            .commit(Batch {
+                puts: vec![Object::absent(key)],
+                ..Batch::default()
+            })
+            .unwrap();
         assert_eq!(secret(&nothing, "n", "s"), Ok(None));
     }
 }

@@ -40,8 +40,10 @@ pub(crate) fn put(desired: &Desired, objects: &[(Kind, &str, &str, Value)]) {
             json => Object::present(key, serde_json::to_vec(json).unwrap()),
         }
     };
-    desired.commit(Batch {
-        puts: objects.iter().map(object).collect(),
-        ..Batch::default()
-    });
+    desired
+        .commit(Batch {
+            puts: objects.iter().map(object).collect(),
+            ..Batch::default()
+        })
+        .unwrap();
 }

@@ -282,7 +282,7 @@ impl Reports {
     pub fn digest(&self) -> Digest {
         let mut digest = Digest::default();
         for report in self.all() {
-            digest.add(&report.key, &seq_hash(report.seq));
+            digest.add(&report.key, &ContentHash::of_sequence(report.seq));
         }
         digest
     }
@@ -305,13 +305,6 @@ impl Reports {
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.inner.changed.subscribe()
     }
-}
-
-/// The number in the place of a content's hash; see [`Reports::digest`].
-pub fn seq_hash(seq: u64) -> ContentHash {
-    let mut hash = [0; 16];
-    hash[8..].copy_from_slice(&seq.to_be_bytes());
-    ContentHash(hash)
 }
 
 #[cfg(test)]

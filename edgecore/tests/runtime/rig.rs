@@ -283,22 +283,26 @@ impl Kept {
             ledger: Arc::default(),
         };
         let services = [ObjectKey::named(Kind::Services, "default", "")];
-        kept.desired.commit(Batch {
-            puts: services
-                .into_iter()
-                .map(|k| Object::present(k, *b"[]"))
-                .collect(),
-            ..Default::default()
-        });
+        kept.desired
+            .commit(Batch {
+                puts: services
+                    .into_iter()
+                    .map(|k| Object::present(k, *b"[]"))
+                    .collect(),
+                ..Default::default()
+            })
+            .unwrap();
         kept
     }
 
     pub(crate) fn put_object(&self, key: ObjectKey, json: &Value) {
         let object = Object::present(key, json.to_string().into_bytes());
-        self.desired.commit(Batch {
-            puts: vec![object],
-            ..Default::default()
-        });
+        self.desired
+            .commit(Batch {
+                puts: vec![object],
+                ..Default::default()
+            })
+            .unwrap();
     }
 
     /// Waits until no Pod is left, not even one that is being removed.
@@ -315,18 +319,22 @@ impl Kept {
         let text = |key: &str| meta[key].as_str().unwrap().to_owned();
         let key = ObjectKey::pod(&text("namespace"), &text("name"), &text("uid"));
         let object = Object::present(key.clone(), pod.to_string().into_bytes());
-        self.desired.commit(Batch {
-            puts: vec![object],
-            ..Default::default()
-        });
+        self.desired
+            .commit(Batch {
+                puts: vec![object],
+                ..Default::default()
+            })
+            .unwrap();
         key
     }
 
     pub(crate) fn remove(&self, key: &ObjectKey) {
-        self.desired.commit(Batch {
-            removes: vec![key.clone()],
-            ..Default::default()
-        });
+        self.desired
+            .commit(Batch {
+                removes: vec![key.clone()],
+                ..Default::default()
+            })
+            .unwrap();
     }
 
     /// Waits for a report that satisfies, and gives how long it took.

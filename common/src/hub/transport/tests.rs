@@ -12,7 +12,7 @@ use crate::ids::NodeName;
 const BOTH: [TransportKind; 2] = [TransportKind::Quic, TransportKind::WebSocket];
 const SOON: Duration = Duration::from_secs(10);
 
-fn head(kind: u32) -> StreamHead {
+fn head(kind: i32) -> StreamHead {
     StreamHead { kind }
 }
 

@@ -136,10 +136,12 @@ impl Device {
 
     pub(super) fn put_object(&self, key: ObjectKey, json: Value) {
         let object = Object::present(key, json.to_string().into_bytes());
-        self.desired.commit(Batch {
-            puts: vec![object],
-            ..Default::default()
-        });
+        self.desired
+            .commit(Batch {
+                puts: vec![object],
+                ..Default::default()
+            })
+            .unwrap();
     }
 
     pub(super) fn put(&self, pod: &Value) -> ObjectKey {
@@ -150,10 +152,12 @@ impl Device {
     }
 
     pub(super) fn remove(&self, key: &ObjectKey) {
-        self.desired.commit(Batch {
-            removes: vec![key.clone()],
-            ..Default::default()
-        });
+        self.desired
+            .commit(Batch {
+                removes: vec![key.clone()],
+                ..Default::default()
+            })
+            .unwrap();
     }
 
     pub(super) fn status(&self, key: &ObjectKey) -> Value {

@@ -516,10 +516,12 @@ async fn nothing_starts_with_a_reference_that_has_not_come_and_all_follows_when_
 
     let settings = ObjectKey::named(Kind::ConfigMap, "default", "settings");
     let absent = vec![Object::absent(settings.clone())];
-    d.desired.commit(Batch {
-        puts: absent,
-        ..Default::default()
-    });
+    d.desired
+        .commit(Batch {
+            puts: absent,
+            ..Default::default()
+        })
+        .unwrap();
     let reason = || d.status(&key)["containerStatuses"][0]["state"]["waiting"]["reason"].clone();
     d.until("said", || reason() == "CreateContainerConfigError")
         .await;
@@ -580,10 +582,12 @@ async fn orphans_are_removed_only_once_the_cloud_has_said_that_the_set_is_comple
     let _agent = lost.start();
     sleep(Duration::from_secs(600)).await;
     assert_eq!(lost.fake.running(), ["main/0"]);
-    lost.desired.commit(Batch {
-        complete: true,
-        ..Default::default()
-    });
+    lost.desired
+        .commit(Batch {
+            complete: true,
+            ..Default::default()
+        })
+        .unwrap();
     lost.until("removed", || lost.fake.is_empty()).await;
 }
 
