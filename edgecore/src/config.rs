@@ -206,7 +206,10 @@ mod tests {
             let said = bad(file(text));
             assert!(said.contains(complaint), "{text}: {said}");
         }
-        assert_eq!(Config::resolve(file("bridge: edge1")).unwrap().bridge, "edge1");
+        assert_eq!(
+            Config::resolve(file("bridge: edge1")).unwrap().bridge,
+            "edge1"
+        );
         let transport = RunArgs {
             transport: Some("pigeon".into()),
             ..Default::default()

@@ -7,8 +7,8 @@ use common::hub::tls::Clock;
 use common::hub::transport::TransportError;
 use common::ids::{NameError, NodeName};
 use common::pki::token::Endpoint;
-use common::telemetry::chain;
 use common::pki::{JoinToken, PkiError, TokenError};
+use common::telemetry::chain;
 use tracing::{info, warn};
 
 use crate::hub::identity::{self, IdentityError};

@@ -91,7 +91,9 @@ fn error(call: &'static str, status: &Status) -> CriError {
             let why = io_error(status).map_or(String::new(), |e| format!(": {e}"));
             format!("the container runtime does not answer on its socket{why}")
         }
-        Failure::NotFound | Failure::Unimplemented | Failure::Deadline | Failure::Refused => status.message().chars().take(4096).collect(),
+        Failure::NotFound | Failure::Unimplemented | Failure::Deadline | Failure::Refused => {
+            status.message().chars().take(4096).collect()
+        }
     };
     CriError {
         call,

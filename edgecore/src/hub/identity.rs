@@ -368,8 +368,14 @@ mod tests {
             list.endpoints.into_iter().map(|e| e.host).collect()
         };
         let before = ["b", "c", "d", "e"].map(endpoint);
-        assert_eq!(hosts(remember(&[endpoint("a")], &before)), ["a", "b", "c", "d"]);
-        assert_eq!(hosts(remember(&[endpoint("c")], &before)), ["c", "b", "d", "e"]);
+        assert_eq!(
+            hosts(remember(&[endpoint("a")], &before)),
+            ["a", "b", "c", "d"]
+        );
+        assert_eq!(
+            hosts(remember(&[endpoint("c")], &before)),
+            ["c", "b", "d", "e"]
+        );
         assert_eq!(hosts(remember(&[endpoint("a")], &[])), ["a"]);
     }
 

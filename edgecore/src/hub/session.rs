@@ -196,7 +196,11 @@ impl Driver<'_> {
         );
         let mut values: Vec<(&'static str, Vec<u8>)> =
             vec![(kept::CONTINUATION, welcome.continuation.clone())];
-        match welcome.link.as_ref().map(|link| new_link(link, self.deps.identity)) {
+        match welcome
+            .link
+            .as_ref()
+            .map(|link| new_link(link, self.deps.identity))
+        {
             Some(Ok(records)) => values.extend(records),
             Some(Err(error)) => {
                 warn!(error = %chain(&error), "the cloud's new link record is of no use; the old one stays");
@@ -264,7 +268,10 @@ impl Driver<'_> {
         Ok(())
     }
 
-    async fn answered(&mut self, response: proto::Response) -> Result<Option<SessionEnd>, SessionEnd> {
+    async fn answered(
+        &mut self,
+        response: proto::Response,
+    ) -> Result<Option<SessionEnd>, SessionEnd> {
         if self.renewing == Some(response.id) {
             self.renewing = None;
             let renewed = self.deps.renewal.answered(response).await?;

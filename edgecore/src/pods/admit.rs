@@ -92,11 +92,7 @@ fn never(reason: &str, message: impl Into<String>) -> Refusal {
 }
 
 /// Decides over one Pod beside those that hold a grant, by UID.
-pub fn admit(
-    pod: &Pod,
-    granted: &BTreeMap<String, Grant>,
-    room: Room,
-) -> Result<Grant, Refusal> {
+pub fn admit(pod: &Pod, granted: &BTreeMap<String, Grant>, room: Room) -> Result<Grant, Refusal> {
     let spec = pod.spec.as_ref();
     let os = spec.and_then(|s| s.os.as_ref()).map(|o| o.name.as_str());
     if let Some(os) = os.filter(|os| *os != "linux") {
@@ -142,9 +138,13 @@ pub fn admit(
         return Err(never("OutOfpods", message));
     }
     let cpu_millis = requested(pod, "cpu");
-    fits("cpu", cpu_millis, room.cpu_millis, granted, |g| g.cpu_millis)?;
+    fits("cpu", cpu_millis, room.cpu_millis, granted, |g| {
+        g.cpu_millis
+    })?;
     let memory_bytes = requested(pod, "memory");
-    fits("memory", memory_bytes, room.memory_bytes, granted, |g| g.memory_bytes)?;
+    fits("memory", memory_bytes, room.memory_bytes, granted, |g| {
+        g.memory_bytes
+    })?;
     Ok(Grant {
         ports,
         cpu_millis,
@@ -215,8 +215,16 @@ mod tests {
         };
         for (held, asked, want) in [
             (vec![grant("600m", "1Mi", false)], ("400m", "1Mi"), Ok(())),
-            (vec![grant("600m", "1Mi", false)], ("401m", "1Mi"), Err("OutOfcpu")),
-            (vec![grant("1m", "1Gi", false)], ("1m", "1Mi"), Err("OutOfmemory")),
+            (
+                vec![grant("600m", "1Mi", false)],
+                ("401m", "1Mi"),
+                Err("OutOfcpu"),
+            ),
+            (
+                vec![grant("1m", "1Gi", false)],
+                ("1m", "1Mi"),
+                Err("OutOfmemory"),
+            ),
             (vec![grant("1m", "1Gi", false)], ("1m", "0"), Ok(())),
             (vec![grant("1m", "1Gi", true)], ("1m", "1Mi"), Err("wait")),
             (

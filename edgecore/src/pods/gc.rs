@@ -61,7 +61,11 @@ struct Found {
 
 async fn owners(shared: &Shared) -> BTreeMap<String, Found> {
     let mut all: BTreeMap<String, Found> = BTreeMap::new();
-    let node = shared.environment.borrow().as_ref().map(|e| e.node_name.clone());
+    let node = shared
+        .environment
+        .borrow()
+        .as_ref()
+        .map(|e| e.node_name.clone());
     let Some(node) = node else { return all };
     let owner = |labels: &HashMap<String, String>| {
         let mine = labels.get(convert::NODE) == Some(&node);
@@ -84,10 +88,7 @@ async fn owners(shared: &Shared) -> BTreeMap<String, Found> {
                 .get(convert::POD_GRACE)
                 .and_then(|g| g.parse().ok());
             let grace = grace.map_or(GRACE, Duration::from_secs);
-            all.entry(uid)
-                .or_default()
-                .containers
-                .push((c.id, grace));
+            all.entry(uid).or_default().containers.push((c.id, grace));
         }
     }
     let on_disk = shared.volumes.known_uids().into_iter();

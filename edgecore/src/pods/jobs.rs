@@ -175,12 +175,12 @@ impl Job {
     }
 
     async fn grant(self) -> Outcome {
-        beside(move || {
-            match self.ledger.grant(&self.key.uid, &self.pod, self.room) {
+        beside(
+            move || match self.ledger.grant(&self.key.uid, &self.pod, self.room) {
                 Ok(()) => Outcome::Done,
                 Err(refusal) => Outcome::NotGranted(refusal),
-            }
-        })
+            },
+        )
         .await
     }
 

@@ -21,7 +21,7 @@ use super::observe::{Wakers, Watcher};
 use super::plan::Now;
 use super::volumes::Volumes;
 use super::worker::{Clock, Shared, Worker};
-use crate::cri::{Failure, Runtime, api};
+use crate::cri::{CriError, Failure, Runtime, api};
 use crate::node::environment::Environment;
 use crate::store::desired::{Desired, DesiredPod};
 use crate::store::events::Events;
@@ -296,23 +296,14 @@ impl Health {
         }
     }
 
-    /// Once. A runtime that cannot say is taken for one with the usual driver; one that did not
-    /// answer is asked again, for a wrong driver is wrong until the next start.
+    /// Once.
     async fn learn_driver(&mut self) -> Result<(), String> {
         if self.shared.cgroups.get().is_some() {
             return Ok(());
         }
         let cgroups = match self.given.take() {
             Some(given) => given,
-            None => match self.shared.cri.runtime_config().await {
-                Ok(answer) => Cgroups::detect(answer.linux.map(|l| driver(l.cgroup_driver))),
-                Err(e) => match e.failure {
-                    Failure::Unimplemented | Failure::Refused | Failure::NotFound => {
-                        Cgroups::detect(None)
-                    }
-                    Failure::Unavailable | Failure::Deadline => return Err(e.message),
-                },
-            },
+            None => Cgroups::detect(named(self.shared.cri.runtime_config().await)?),
         };
         // Set once: nobody else does.
         let _ = self.shared.cgroups.set(Arc::new(cgroups));
@@ -390,6 +381,20 @@ fn judge(status: &api::StatusResponse) -> RuntimeState {
     }
 }
 
+/// The driver that the runtime names, if it can say: one that did not answer is asked again, for a
+/// wrong driver is wrong until the next start.
+fn named(
+    answer: Result<api::RuntimeConfigResponse, CriError>,
+) -> Result<Option<CgroupDriver>, String> {
+    match answer {
+        Ok(answer) => Ok(answer.linux.map(|l| driver(l.cgroup_driver))),
+        Err(e) => match e.failure {
+            Failure::Unimplemented | Failure::Refused | Failure::NotFound => Ok(None),
+            Failure::Unavailable | Failure::Deadline => Err(e.message),
+        },
+    }
+}
+
 fn driver(number: i32) -> CgroupDriver {
     match api::CgroupDriver::try_from(number) {
         Ok(api::CgroupDriver::Systemd) => CgroupDriver::Systemd,
@@ -404,4 +409,30 @@ pub(super) fn recorded(desired: &Desired) -> BTreeSet<String> {
         .iter()
         .map(|p| p.key.uid.to_string())
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_runtime_that_cannot_name_its_cgroup_driver_is_guessed_at() {
+        let failed = |failure| {
+            named(Err(CriError {
+                call: "RuntimeConfig",
+                failure,
+                message: "no".into(),
+            }))
+        };
+        assert_eq!(failed(Failure::Unimplemented), Ok(None));
+        assert_eq!(failed(Failure::Refused), Ok(None));
+        assert_eq!(failed(Failure::Deadline), Err("no".into()));
+        assert_eq!(failed(Failure::Unavailable), Err("no".into()));
+        let systemd = api::RuntimeConfigResponse {
+            linux: Some(api::LinuxRuntimeConfiguration {
+                cgroup_driver: api::CgroupDriver::Systemd.into(),
+            }),
+        };
+        assert_eq!(named(Ok(systemd)), Ok(Some(CgroupDriver::Systemd)));
+    }
 }

@@ -242,15 +242,7 @@ impl Worker {
         };
         let mut wait = plan.retry_in;
         let mut shorten = |by: Duration| wait = Some(wait.map_or(by, |w: Duration| w.min(by)));
-        self.act(
-            &pod,
-            intent,
-            &plan,
-            &observed,
-            environment,
-            cgroups,
-            now,
-        );
+        self.act(&pod, intent, &plan, &observed, environment, cgroups, now);
         self.pending_times(&pod, intent, now, &mut shorten);
         // What was said to be gone is not taken back because this agent has just started.
         let empty = observed.containers.is_empty() && observed.sandboxes.is_empty();

@@ -276,7 +276,10 @@ mod tests {
         for (spec, want) in [
             (json!({"containers": [{"name": "c"}]}), 0),
             (json!({"containers": [c("100m"), c("0.2")]}), 300),
-            (json!({"containers": [c("100m")], "initContainers": [c("1")]}), 1000),
+            (
+                json!({"containers": [c("100m")], "initContainers": [c("1")]}),
+                1000,
+            ),
             (
                 json!({"containers": [c("100m")], "initContainers": [sidecar("50m"), c("1")]}),
                 1050,
@@ -285,13 +288,20 @@ mod tests {
                 json!({"containers": [c("100m")], "initContainers": [c("1"), sidecar("50m")]}),
                 1000,
             ),
-            (json!({"containers": [c("2")], "overhead": {"cpu": "10m"}}), 2010),
+            (
+                json!({"containers": [c("2")], "overhead": {"cpu": "10m"}}),
+                2010,
+            ),
             (
                 json!({"containers": [{"name": "c", "resources": {"limits": {"cpu": "3"}}}]}),
                 3000,
             ),
         ] {
-            assert_eq!(requested(&pod(json!({ "spec": spec })), "cpu"), want, "{spec}");
+            assert_eq!(
+                requested(&pod(json!({ "spec": spec })), "cpu"),
+                want,
+                "{spec}"
+            );
         }
     }
 

@@ -160,6 +160,15 @@ impl Device {
             .unwrap();
     }
 
+    /// The cloud says that it has named every Pod.
+    pub(super) fn complete(&self) {
+        let batch = Batch {
+            complete: true,
+            ..Default::default()
+        };
+        self.desired.commit(batch).unwrap();
+    }
+
     pub(super) fn status(&self, key: &ObjectKey) -> Value {
         self.reports.pod(key).map(|r| r.status).unwrap_or_default()
     }
