@@ -352,6 +352,8 @@ fn request(store: &Store) -> Result<Vec<u8>, IdentityError> {
 mod tests {
     use super::*;
     use common::hub::tls::Clock;
+    use common::pki::ClusterId;
+    use common::pki::ca::Ca;
 
     fn endpoint(host: &str) -> proto::Endpoint {
         proto::Endpoint {
@@ -377,6 +379,74 @@ mod tests {
             ["c", "b", "d", "e"]
         );
         assert_eq!(hosts(remember(&[endpoint("a")], &[])), ["a"]);
+    }
+
+    fn joined(store: &Store) -> Identity {
+        let cluster = ClusterId::parse("c1").unwrap();
+        let year = Duration::from_secs(365 * 24 * 3600);
+        let validity = Validity::starting(UnixTime::now(), year);
+        let ca = Ca::generate(&cluster, validity).unwrap();
+        let csr = ensure_key(store).unwrap().request().unwrap();
+        let name = NodeName::parse("edge-1").unwrap();
+        let chain = ca.sign_node_csr(&csr, &name, &cluster, validity).unwrap();
+        let answer = proto::Joined {
+            node_name: name.to_string(),
+            chain: chain.iter().map(|c| c.to_vec()).collect(),
+            link: Some(proto::Link {
+                version: 1,
+                roots: vec![ca.certificate().to_vec()],
+                endpoints: vec![endpoint("advertised")],
+                cluster_id: cluster.to_string(),
+            }),
+            now_ms: 1,
+        };
+        keep_joined(store, Some("t"), Some(&endpoint("found")), &answer).unwrap();
+        Identity::load(store).unwrap().unwrap()
+    }
+
+    fn hosts(identity: &Identity) -> Vec<String> {
+        let target = identity.target().unwrap();
+        target.endpoints.into_iter().map(|e| e.host).collect()
+    }
+
+    #[test]
+    fn a_device_tries_where_its_cloud_once_was_behind_where_it_says_it_is() {
+        let store = Store::in_memory();
+        let old = joined(&store);
+        assert_eq!(hosts(&old), ["advertised", "found"]);
+        let link = proto::Link {
+            version: 2,
+            endpoints: vec![endpoint("mistyped")],
+            ..old.link.clone()
+        };
+        let records = new_link(&link, &old).unwrap();
+        let records: Vec<(&str, &[u8])> = records.iter().map(|(n, v)| (*n, &v[..])).collect();
+        store.meta().put_all(&records).unwrap();
+        let new = Identity::load(&store).unwrap().unwrap();
+        assert_eq!(new.link.version, 2);
+        assert_eq!(hosts(&new), ["mistyped", "advertised", "found"]);
+    }
+
+    #[test]
+    fn a_link_by_which_no_cloud_can_be_found_is_not_taken() {
+        let store = Store::in_memory();
+        let old = joined(&store);
+        let link = |change: fn(&mut proto::Link)| {
+            let mut link = old.link.clone();
+            change(&mut link);
+            new_link(&link, &old).map(drop).map_err(|e| e.to_string())
+        };
+        assert_eq!(link(|_| ()), Ok(()));
+        for (bad, why) in [
+            (link(|l| l.endpoints.clear()), "no endpoint"),
+            (link(|l| l.endpoints = vec![endpoint("")]), "no endpoint"),
+            (link(|l| l.roots.clear()), "no trust anchor"),
+            (link(|l| l.cluster_id = "other".into()), "another cluster"),
+            (link(|l| l.cluster_id.clear()), "cluster id"),
+        ] {
+            let said = bad.unwrap_err();
+            assert!(said.contains(why), "{said}");
+        }
     }
 
     #[test]
