@@ -2,11 +2,11 @@
 //! sessions. Plain HTTP on an address of the operator's choice, loopback by default; nothing here
 //! changes anything, and nothing shows an object's content.
 
-use std::fmt::Write as _;
+use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 
-use common::hub::transport::{Class, Counters};
+use common::hub::transport::{Class, Counters, TransportKind};
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
@@ -21,7 +21,7 @@ use tracing::debug;
 
 use crate::downstream::Downstream;
 use crate::hub::registry::{Registry, SessionEntry};
-use crate::upstream::Upstream;
+use crate::upstream::{self, Upstream};
 
 /// Scrapers and probes; more at once wait.
 const CONNECTIONS: usize = 32;
@@ -72,7 +72,11 @@ impl Admin {
                     (self.listener.accept().await, place)
                 } => next,
             };
-            let Ok((stream, _)) = stream else { continue };
+            let Ok((stream, _)) = stream else {
+                // Out of file descriptors, most likely: without a pause this would spin.
+                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                continue;
+            };
             let shown = self.shown.clone();
             connections.spawn(async move {
                 let service = service_fn(move |request| answer(shown.clone(), request));
@@ -108,7 +112,7 @@ async fn answer(shown: Shown, request: Request<Incoming>) -> Answer {
                 TEXT,
                 "the watches are not complete yet\n".to_owned(),
             ),
-            "/metrics" => (StatusCode::OK, METRICS, metrics(&shown)),
+            "/metrics" => (StatusCode::OK, METRICS, shown.metrics().to_string()),
             "/sessions" => (StatusCode::OK, JSON, sessions(&shown).to_string()),
             _ => (
                 StatusCode::NOT_FOUND,
@@ -159,91 +163,221 @@ fn session(entry: &SessionEntry) -> serde_json::Value {
     })
 }
 
-fn metrics(shown: &Shown) -> String {
-    let all = shown.registry.all();
-    let mut out = String::new();
-    head(
-        &mut out,
-        "cloudcore_sessions",
-        "gauge",
-        "Edges with a session, by transport.",
-    );
-    for kind in ["quic", "websocket"] {
-        let count = all
-            .iter()
-            .filter(|s| s.transport.to_string() == kind)
-            .count();
-        let _ = writeln!(out, "cloudcore_sessions{{transport=\"{kind}\"}} {count}");
-    }
-    volumes(&mut out, shown, &all);
-    head(
-        &mut out,
-        "cloudcore_resume_bytes",
-        "summary",
-        "Frame bytes of both directions from a Hello until the edge held all it should.",
-    );
-    let (count, sum) = shown.registry.resumes();
-    let _ = writeln!(
-        out,
-        "cloudcore_resume_bytes_count {count}\ncloudcore_resume_bytes_sum {sum}"
-    );
-    head(
-        &mut out,
-        "cloudcore_queued_bytes",
-        "gauge",
-        "Bytes that wait to be written to edges.",
-    );
-    let queued: usize = all
-        .iter()
-        .map(|s| s.queued_bytes.load(Ordering::Relaxed))
-        .sum();
-    let _ = writeln!(out, "cloudcore_queued_bytes {queued}");
-    for (name, help, value) in shown.gauges() {
-        head(&mut out, name, "gauge", help);
-        let _ = writeln!(out, "{name} {value}");
-    }
-    out
+/// What `/metrics` says, as plain values: so that its text is made and tested without sessions.
+struct Exposed {
+    quic: usize,
+    websocket: usize,
+    carried: Counters,
+    resumes: (u64, u64),
+    queued: usize,
+    up: upstream::Metrics,
+    pods: u64,
+    references: u64,
+    lists: u64,
+    faults: u64,
+    malformed: u64,
 }
 
-fn head(out: &mut String, name: &str, kind: &str, help: &str) {
-    let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}");
+impl Shown {
+    fn metrics(&self) -> Exposed {
+        let all = self.registry.all();
+        let of = |kind| all.iter().filter(|s| s.transport == kind).count();
+        let queued = all.iter().map(|s| s.queued_bytes.load(Ordering::Relaxed));
+        let down = self.downstream.metrics();
+        Exposed {
+            quic: of(TransportKind::Quic),
+            websocket: of(TransportKind::WebSocket),
+            carried: self.registry.carried(),
+            resumes: self.registry.resumes(),
+            queued: queued.sum(),
+            up: self.upstream.metrics(),
+            pods: down.pods.get(),
+            references: down.references.get(),
+            lists: down.lists.get(),
+            faults: down.faults.get(),
+            malformed: down.malformed.get(),
+        }
+    }
 }
 
-/// Bytes and frames by direction and class: of the sessions that ended, and of those that live.
-fn volumes(out: &mut String, shown: &Shown, all: &[std::sync::Arc<SessionEntry>]) {
-    let mut sum = shown.registry.ended();
-    for entry in all {
-        add(&mut sum, &entry.connection.counters());
+impl fmt::Display for Exposed {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        head(
+            out,
+            "cloudcore_sessions",
+            "gauge",
+            "Edges with a session, by transport.",
+        )?;
+        for (kind, count) in [("quic", self.quic), ("websocket", self.websocket)] {
+            writeln!(out, "cloudcore_sessions{{transport=\"{kind}\"}} {count}")?;
+        }
+        self.volumes(out)?;
+        head(
+            out,
+            "cloudcore_resume_bytes",
+            "summary",
+            "Frame bytes of both directions from a Hello until the edge held all it should.",
+        )?;
+        let (count, sum) = self.resumes;
+        writeln!(out, "cloudcore_resume_bytes_sum {sum}")?;
+        writeln!(out, "cloudcore_resume_bytes_count {count}")?;
+        for (name, help, value) in self.gauges() {
+            head(out, name, "gauge", help)?;
+            writeln!(out, "{name} {value}")?;
+        }
+        for (name, help, value) in self.counters() {
+            head(out, name, "counter", help)?;
+            writeln!(out, "{name} {value}")?;
+        }
+        Ok(())
     }
-    for (name, help, frames) in [
-        (
-            "cloudcore_hub_bytes_total",
-            "Bytes of streams, by direction and class.",
-            false,
-        ),
-        (
-            "cloudcore_hub_frames_total",
-            "Writes and reads of streams, by direction and class.",
-            true,
-        ),
-    ] {
-        head(out, name, "counter", help);
-        for (direction, volumes) in [("sent", &sum.sent), ("received", &sum.received)] {
-            for class in [
-                Class::Control,
-                Class::Status,
-                Class::Interactive,
-                Class::Bulk,
-            ] {
-                let volume = volumes[class.index()];
-                let value = if frames { volume.frames } else { volume.bytes };
-                let class = format!("{class:?}").to_lowercase();
-                let _ = writeln!(
-                    out,
-                    "{name}{{direction=\"{direction}\",class=\"{class}\"}} {value}"
-                );
+}
+
+fn head(out: &mut fmt::Formatter<'_>, name: &str, kind: &str, help: &str) -> fmt::Result {
+    writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}")
+}
+
+type Rows<const N: usize> = [(&'static str, &'static str, u64); N];
+
+impl Exposed {
+    /// Bytes and frames by direction and class: of the sessions that ended, and of those that live.
+    fn volumes(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (name, help, frames) in [
+            (
+                "cloudcore_hub_bytes_total",
+                "Bytes of streams, by direction and class.",
+                false,
+            ),
+            (
+                "cloudcore_hub_frames_total",
+                "Writes and reads of streams, by direction and class.",
+                true,
+            ),
+        ] {
+            head(out, name, "counter", help)?;
+            let directions = [
+                ("sent", &self.carried.sent),
+                ("received", &self.carried.received),
+            ];
+            for (direction, volumes) in directions {
+                for class in [
+                    Class::Control,
+                    Class::Status,
+                    Class::Interactive,
+                    Class::Bulk,
+                ] {
+                    let volume = volumes[class.index()];
+                    let value = if frames { volume.frames } else { volume.bytes };
+                    let class = format!("{class:?}").to_lowercase();
+                    writeln!(
+                        out,
+                        "{name}{{direction=\"{direction}\",class=\"{class}\"}} {value}"
+                    )?;
+                }
             }
         }
+        Ok(())
+    }
+
+    fn gauges(&self) -> Rows<5> {
+        [
+            (
+                "cloudcore_hub_queued_bytes",
+                "Bytes that wait to be written to edges.",
+                self.queued as u64,
+            ),
+            (
+                "cloudcore_upstream_queued",
+                "Objects whose status waits to be written.",
+                self.up.waiting,
+            ),
+            (
+                "cloudcore_upstream_in_flight",
+                "Writes to the API server under way.",
+                self.up.in_flight,
+            ),
+            (
+                "cloudcore_pods",
+                "Pods of edge nodes that are held.",
+                self.pods,
+            ),
+            (
+                "cloudcore_watched_references",
+                "ConfigMaps and Secrets that are watched.",
+                self.references,
+            ),
+        ]
+    }
+
+    fn counters(&self) -> Rows<13> {
+        let up = &self.up;
+        [
+            (
+                "cloudcore_upstream_reports_total",
+                "Reports that edges sent.",
+                up.reports,
+            ),
+            (
+                "cloudcore_upstream_patches_total",
+                "Statuses written.",
+                up.patches,
+            ),
+            (
+                "cloudcore_upstream_deletes_total",
+                "Pods deleted.",
+                up.deletes,
+            ),
+            (
+                "cloudcore_upstream_retries_total",
+                "Writes tried again.",
+                up.retries,
+            ),
+            (
+                "cloudcore_upstream_refused_total",
+                "Reports of other nodes' Pods, and statuses that the API server refused for good.",
+                up.refused,
+            ),
+            (
+                "cloudcore_upstream_held_back_total",
+                "Writes held back because the node's Lease was not renewed lately.",
+                up.not_fresh,
+            ),
+            (
+                "cloudcore_events_written_total",
+                "Events written for edges.",
+                up.events_written,
+            ),
+            (
+                "cloudcore_events_dropped_total",
+                "Events of edges that were too many or refused.",
+                up.events_dropped,
+            ),
+            (
+                "cloudcore_tokens_given_total",
+                "ServiceAccount tokens given.",
+                up.tokens_given,
+            ),
+            (
+                "cloudcore_tokens_refused_total",
+                "ServiceAccount tokens refused.",
+                up.tokens_refused,
+            ),
+            (
+                "cloudcore_downstream_lists_total",
+                "Lists of a whole collection.",
+                self.lists,
+            ),
+            (
+                "cloudcore_downstream_faults_total",
+                "Lists and watches that failed.",
+                self.faults,
+            ),
+            (
+                "cloudcore_downstream_malformed_total",
+                "Objects that could not be understood.",
+                self.malformed,
+            ),
+        ]
     }
 }
 
@@ -256,51 +390,94 @@ pub fn add(sum: &mut Counters, more: &Counters) {
     }
 }
 
-impl Shown {
-    fn gauges(&self) -> Vec<(&'static str, &'static str, u64)> {
-        let up = self.upstream.metrics();
-        let down = self.downstream.metrics();
-        vec![
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use super::*;
+
+    fn exposed() -> Exposed {
+        let mut carried = Counters::default();
+        carried.sent[Class::Bulk.index()].bytes = 77;
+        carried.received[Class::Status.index()].frames = 5;
+        Exposed {
+            quic: 3,
+            websocket: 1,
+            carried,
+            resumes: (2, 900),
+            queued: 12,
+            up: upstream::Metrics {
+                waiting: 4,
+                patches: 6,
+                ..Default::default()
+            },
+            pods: 10,
+            references: 11,
+            lists: 1,
+            faults: 0,
+            malformed: 0,
+        }
+    }
+
+    /// The text format of Prometheus, as far as it is used: families by name, and the samples.
+    fn parsed(text: &str) -> (BTreeMap<String, String>, BTreeMap<String, u64>) {
+        let (mut types, mut samples) = (BTreeMap::new(), BTreeMap::new());
+        let (mut helped, mut current) = (BTreeSet::new(), String::new());
+        for line in text.lines() {
+            if let Some(help) = line.strip_prefix("# HELP ") {
+                let (name, words) = help.split_once(' ').unwrap();
+                assert!(words.ends_with('.'), "{line}");
+                assert!(helped.insert(name.to_owned()), "two HELP of {name}");
+                current = name.to_owned();
+            } else if let Some(kind) = line.strip_prefix("# TYPE ") {
+                let (name, kind) = kind.split_once(' ').unwrap();
+                assert_eq!(name, current, "TYPE follows its HELP");
+                let second = types.insert(name.to_owned(), kind.to_owned());
+                assert!(second.is_none(), "two TYPE of {name}");
+            } else {
+                let (sample, value) = line.rsplit_once(' ').unwrap();
+                let name = sample.split('{').next().unwrap();
+                let family = name
+                    .strip_suffix("_sum")
+                    .or(name.strip_suffix("_count"))
+                    .unwrap_or(name);
+                assert_eq!(family, current, "a sample stands below its TYPE");
+                let second = samples.insert(sample.to_owned(), value.parse().unwrap());
+                assert!(second.is_none(), "two samples {sample}");
+            }
+        }
+        assert!(text.ends_with('\n'));
+        (types, samples)
+    }
+
+    #[test]
+    fn metrics_are_what_a_scraper_reads() {
+        let (types, samples) = parsed(&exposed().to_string());
+        for (name, kind) in &types {
+            let counts = kind == "counter";
+            assert_eq!(name.ends_with("_total"), counts, "{name} is a {kind}");
+            let good = |c: char| c.is_ascii_lowercase() || c == '_';
+            assert!(name.starts_with("cloudcore_") && name.chars().all(good));
+            let sampled = samples.keys().any(|s| s.starts_with(name.as_str()));
+            assert!(sampled, "{name} has no sample");
+        }
+        for (sample, value) in [
+            ("cloudcore_sessions{transport=\"quic\"}", 3),
             (
-                "cloudcore_upstream_waiting",
-                "Objects whose status waits to be written.",
-                up.waiting,
+                "cloudcore_hub_bytes_total{direction=\"sent\",class=\"bulk\"}",
+                77,
             ),
             (
-                "cloudcore_upstream_in_flight",
-                "Writes to the API server under way.",
-                up.in_flight,
+                "cloudcore_hub_frames_total{direction=\"received\",class=\"status\"}",
+                5,
             ),
-            (
-                "cloudcore_upstream_patches",
-                "Statuses written since the start.",
-                up.patches,
-            ),
-            (
-                "cloudcore_upstream_deletes",
-                "Pods deleted since the start.",
-                up.deletes,
-            ),
-            (
-                "cloudcore_upstream_retries",
-                "Writes tried again since the start.",
-                up.retries,
-            ),
-            (
-                "cloudcore_tokens_given",
-                "ServiceAccount tokens given since the start.",
-                up.tokens_given,
-            ),
-            (
-                "cloudcore_pods",
-                "Pods of edge nodes that are held.",
-                down.pods.get(),
-            ),
-            (
-                "cloudcore_watched_references",
-                "ConfigMaps and Secrets that are watched.",
-                down.references.get(),
-            ),
-        ]
+            ("cloudcore_resume_bytes_sum", 900),
+            ("cloudcore_resume_bytes_count", 2),
+            ("cloudcore_hub_queued_bytes", 12),
+            ("cloudcore_upstream_queued", 4),
+            ("cloudcore_upstream_patches_total", 6),
+        ] {
+            assert_eq!(samples.get(sample), Some(&value), "{sample}");
+        }
     }
 }

@@ -35,7 +35,7 @@ use crate::enroll::cache::Enrolments;
 use crate::enroll::link::ensure_link;
 use crate::enroll::{EnrollConfig, Enroller};
 use crate::hub::registry::Registry;
-use crate::hub::{Hub, HubDeps};
+use crate::hub::{Hub, HubDeps, Paces};
 use crate::kube::epoch::read_epoch;
 use crate::kube::{Access, KubeClients, KubeError};
 use crate::nodes::claim::Claims;
@@ -104,6 +104,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let (listener, listen_task) = listen::bind(listening, tls).await?;
     let registry = Registry::default();
     let deps = Arc::new(HubDeps {
+        paces: Paces::default(),
         registry: registry.clone(),
         downstream: downstream.clone(),
         upstream: upstream.clone(),

@@ -15,30 +15,12 @@ use crate::kube::Impersonation;
 
 /// The port of the hub, UDP and TCP.
 pub const DEFAULT_PORT: u16 = 10000;
-/// A configuration is a page, not a book.
-const FILE_LIMIT: u64 = 1024 * 1024;
 
 /// Why a configuration was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    #[error("configuration file {path} cannot be read")]
-    Read {
-        path: String,
-        #[source]
-        source: std::io::Error,
-    },
-    #[error("configuration file {path} is larger than {FILE_LIMIT} bytes")]
-    TooLarge { path: String },
-    #[error("configuration file {path} is not YAML: {why}")]
-    Yaml { path: String, why: String },
-    #[error("configuration file {path} must be a map of keys to values")]
-    NoMap { path: String },
-    #[error("configuration file {path} has an unknown key {key:?}; did you mean {nearest:?}?")]
-    UnknownKey {
-        path: String,
-        key: String,
-        nearest: &'static str,
-    },
+    #[error(transparent)]
+    File(#[from] common::config::ConfigError),
     #[error("configuration file {path}: {key}: {why}")]
     BadValue {
         path: String,
@@ -138,28 +120,12 @@ pub struct Config {
 impl Settings {
     /// Reads a file.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let shown = path.display().to_string();
-        let read = |source| ConfigError::Read {
-            path: shown.clone(),
-            source,
-        };
-        if std::fs::metadata(path).map_err(read)?.len() > FILE_LIMIT {
-            return Err(ConfigError::TooLarge { path: shown });
-        }
-        Self::parse(&std::fs::read_to_string(path).map_err(read)?, &shown)
+        Self::parse(&common::config::text(path)?, path)
     }
 
     /// Parses a file's text; `path` is for the errors.
-    pub fn parse(text: &str, path: &str) -> Result<Self, ConfigError> {
-        let yaml: Value = serde_saphyr::from_str(text).map_err(|e| ConfigError::Yaml {
-            path: path.into(),
-            why: e.to_string(),
-        })?;
-        let map = match yaml {
-            Value::Null => Map::new(),
-            Value::Object(map) => map,
-            _ => return Err(ConfigError::NoMap { path: path.into() }),
-        };
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let map: Map<String, Value> = common::config::parse(path, text)?;
         let mut settings = Self::default();
         for (key, value) in &map {
             settings.set(key, value, path)?;
@@ -167,16 +133,13 @@ impl Settings {
         Ok(settings)
     }
 
-    fn set(&mut self, key: &str, value: &Value, path: &str) -> Result<(), ConfigError> {
+    fn set(&mut self, key: &str, value: &Value, path: &Path) -> Result<(), ConfigError> {
         let Some((known, setter)) = KEYS.iter().find(|(known, _)| *known == key) else {
-            return Err(ConfigError::UnknownKey {
-                path: path.into(),
-                key: key.chars().take(80).collect(),
-                nearest: nearest(key),
-            });
+            let known: Vec<_> = KEYS.iter().map(|(known, _)| *known).collect();
+            return Err(common::config::unknown_key(path, key, &known).into());
         };
         setter(self, value).map_err(|why| ConfigError::BadValue {
-            path: path.into(),
+            path: path.display().to_string(),
             key: known,
             why,
         })
@@ -357,35 +320,14 @@ pub fn duration(text: &str) -> Result<Duration, String> {
     seconds.map(Duration::from_secs).ok_or_else(wrong)
 }
 
-fn nearest(key: &str) -> &'static str {
-    let key = key.to_lowercase().replace(['-', '_'], "");
-    let by_distance = KEYS
-        .iter()
-        .min_by_key(|(known, _)| distance(&known.to_lowercase(), &key));
-    by_distance.map_or("", |(known, _)| known)
-}
-
-/// Levenshtein's distance of two short words.
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().take(80).collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
-        for (j, y) in b.iter().enumerate() {
-            let swap = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = swap.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row.last().copied().unwrap_or(0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn error(text: &str) -> String {
-        Settings::parse(text, "c.yaml").unwrap_err().to_string()
+        Settings::parse(text, Path::new("c.yaml"))
+            .unwrap_err()
+            .to_string()
     }
 
     #[test]
@@ -393,11 +335,11 @@ mod tests {
         for (text, want) in [
             (
                 "lisen: 1",
-                "unknown key \"lisen\"; did you mean \"listen\"?",
+                "c.yaml: there is no key \"lisen\"; did you mean \"listen\"?",
             ),
             (
                 "taint-nodes: true",
-                "unknown key \"taint-nodes\"; did you mean \"taintNodes\"?",
+                "there is no key \"taint-nodes\"; did you mean \"taintNodes\"?",
             ),
             ("reenrollGrace: 3d", "did you mean \"reenrolGrace\"?"),
             (
@@ -425,8 +367,8 @@ mod tests {
             ),
             ("clusterRanges: 10.0.0.0/33", "is not a range like"),
             ("clusterDns: ten", "\"ten\" is not an IP address"),
-            ("[1]", "must be a map"),
-            ("a: [", "is not YAML"),
+            ("[1]", "configuration file c.yaml: "),
+            ("a: [", "configuration file c.yaml: "),
         ] {
             assert!(error(text).contains(want), "{text}: {}", error(text));
         }
@@ -449,7 +391,7 @@ clusterDns: 10.96.0.10
 clusterRanges: [10.96.0.0/12, fd00::/64]
 log: debug
 ";
-        let config = Settings::parse(text, "c").unwrap().complete();
+        let config = Settings::parse(text, Path::new("c")).unwrap().complete();
         assert_eq!(config.listen.to_string(), "127.0.0.1:1");
         let advertise: Vec<_> = config.advertise.iter().map(HostPort::to_string).collect();
         assert_eq!(advertise, ["a.example:443", "[2001:db8::1]:444"]);
@@ -472,20 +414,25 @@ log: debug
             log: Some("flag".into()),
             ..Settings::default()
         };
-        let file = Settings::parse("{log: file, clusterDomain: file}", "c").unwrap();
+        let file = Settings::parse("{log: file, clusterDomain: file}", Path::new("c")).unwrap();
         let config = flags.or(file).complete();
         assert_eq!(config.log, "flag");
         assert_eq!(config.cluster_domain, "file");
         assert_eq!(config.listen.port(), DEFAULT_PORT);
         assert_eq!(config.advertise.len(), 1);
-        assert_eq!(Settings::parse("", "c").unwrap(), Settings::default());
+        assert_eq!(
+            Settings::parse("", Path::new("c")).unwrap(),
+            Settings::default()
+        );
     }
 
     #[test]
     fn every_key_can_be_set_and_every_flag_has_its_key() {
         assert_eq!(KEYS.len(), 13);
         for (key, _) in KEYS {
-            assert_eq!(nearest(&key.to_uppercase()), *key);
+            let shouted = format!("{}: x", key.to_uppercase());
+            let meant = format!("did you mean {key:?}?");
+            assert!(error(&shouted).ends_with(&meant), "{}", error(&shouted));
         }
     }
 

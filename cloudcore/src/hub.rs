@@ -3,6 +3,7 @@
 //! Owns the tasks of all sessions; they end with it. Takes connections that TLS has let in; gives
 //! what they report to `upstream` and what they need from `downstream`.
 
+pub mod pace;
 pub mod registry;
 pub mod session;
 pub mod view;
@@ -15,10 +16,12 @@ use std::time::Duration;
 use common::hub::listen::{Accepted, JoinStream, Listener};
 use common::hub::proto;
 use common::ids::NodeName;
+use common::pki::KeyId;
 use common::telemetry::chain;
 use rand::RngCore as _;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
@@ -29,6 +32,7 @@ use crate::kube::KubeClients;
 use crate::kube::epoch::begin_epoch;
 use crate::nodes::claim::Claims;
 use crate::upstream::{NodeUpstream, Upstream};
+use pace::Pace;
 use registry::{Ending, Registry, SessionEntry};
 use session::Answered;
 
@@ -38,8 +42,43 @@ pub type Answer = Pin<Box<dyn Future<Output = Answered> + Send>>;
 /// How long sessions get to say goodbye when CloudCore stops.
 const DRAIN: Duration = Duration::from_secs(3);
 
+/// How much one device may cost the others, however it behaves. Each is far above what an honest
+/// one does.
+pub struct Paces {
+    /// Sessions of a key: each costs the API server a read and a write of the Lease, and reads of
+    /// the enrolment. A link that flaps comes back eight times before it has to wait.
+    pub sessions: Pace<KeyId>,
+    /// Lines that say that a key was refused: one at once and one a minute.
+    pub refusals: Pace<KeyId>,
+    /// Certificates of a node: each costs a signature and a write of the enrolment.
+    pub renewals: Pace<NodeName>,
+    /// ServiceAccount tokens of a node, each a signature of the API server: a restart of a full
+    /// node asks for some hundreds at once.
+    pub tokens: Pace<NodeName>,
+    /// Cluster epochs that one node's word begins. A restored cluster is found by whichever node
+    /// comes first; a node that lies must not take the protection of the marks from all others
+    /// again and again.
+    pub epochs: Pace<NodeName>,
+    /// Warnings about what one node's session does.
+    pub warnings: Pace<NodeName>,
+}
+
+impl Default for Paces {
+    fn default() -> Self {
+        Self {
+            sessions: Pace::new(8, Duration::from_secs(2)),
+            refusals: Pace::new(1, Duration::from_secs(60)),
+            renewals: Pace::new(4, Duration::from_secs(60)),
+            tokens: Pace::new(500, Duration::from_millis(100)),
+            epochs: Pace::new(2, Duration::from_secs(1800)),
+            warnings: Pace::new(10, Duration::from_secs(10)),
+        }
+    }
+}
+
 /// What every session uses.
 pub struct HubDeps {
+    pub paces: Paces,
     pub registry: Registry,
     pub downstream: Downstream,
     pub upstream: Upstream,
@@ -79,7 +118,7 @@ impl HubDeps {
             link: (link.version > hello.link_version).then_some(link),
             environment: (!same).then_some(environment),
             dead_after_ms: u32::try_from(self.dead_after.as_millis()).unwrap_or(u32::MAX),
-            max_frame: u32::try_from(common::hub::frame::MAX_FRAME).unwrap_or(u32::MAX),
+            max_frame: u32::try_from(common::hub::frame::MAX_UPWARD).unwrap_or(u32::MAX),
         }
     }
 
@@ -114,7 +153,15 @@ impl HubDeps {
         match request.body {
             Some(proto::request::Body::Token(ask)) => {
                 let given = upstream.token(ask);
-                Box::pin(async move { respond(given.await) })
+                let wait = self
+                    .paces
+                    .tokens
+                    .reserve(entry.node.clone(), Instant::now());
+                // The session has a bounded number of these: who asks too fast waits for himself.
+                Box::pin(async move {
+                    tokio::time::sleep(wait).await;
+                    respond(given.await)
+                })
             }
             Some(proto::request::Body::Renew(ask)) => {
                 let deps = self.clone();
@@ -136,8 +183,16 @@ impl HubDeps {
         }
     }
 
+    fn too_often(&self, identity: &common::pki::NodeIdentity) -> bool {
+        let node = identity.node.clone();
+        self.paces.renewals.take(node, Instant::now()).is_err()
+    }
+
     async fn renew(&self, certificate: &[u8], csr: &[u8]) -> proto::response::Body {
         let renewed = match common::pki::NodeIdentity::from_certificate(certificate) {
+            Ok(identity) if self.too_often(&identity) => {
+                Err("this node asks for certificates too often; ask again in a minute".to_owned())
+            }
             Ok(identity) => self
                 .enroller
                 .renew(&identity, csr)
@@ -176,6 +231,13 @@ impl Hub {
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break,
+                // Before those who knock, who can be without end.
+                revoked = revocations.recv() => match revoked {
+                    Ok(node) => self.revoked(&node),
+                    // Too many at once: each session is checked by name.
+                    Err(_) => self.check_all(),
+                },
+                Some(_) = tasks.join_next(), if !tasks.is_empty() => {}
                 accepted = self.listener.accept() => match accepted {
                     None => break,
                     Some(Accepted::Session(connection)) => {
@@ -185,12 +247,6 @@ impl Hub {
                         tasks.spawn(join(stream, self.deps.clone()));
                     }
                 },
-                revoked = revocations.recv() => match revoked {
-                    Ok(node) => self.revoked(&node),
-                    // Too many at once: each session is checked by name.
-                    Err(_) => self.check_all(),
-                },
-                Some(_) = tasks.join_next(), if !tasks.is_empty() => {}
             }
         }
         let all = async { while tasks.join_next().await.is_some() {} };
@@ -210,7 +266,9 @@ impl Hub {
 
     fn check_all(&self) {
         for entry in self.deps.registry.all() {
-            if self.deps.enrolments.find(&entry.node).is_none() {
+            // The record of an enrolment that was ended stays.
+            let record = self.deps.enrolments.find(&entry.node);
+            if record.is_none_or(|r| !r.spec.is_active()) {
                 self.revoked(&entry.node);
             }
         }

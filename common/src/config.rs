@@ -8,6 +8,9 @@ use serde::de::DeserializeOwned;
 /// A configuration file is a page of text; a larger one is a mistake.
 const MAX_FILE: u64 = 1 << 20;
 
+/// Letters of an unknown key that are shown, and compared.
+const MAX_SHOWN: usize = 80;
+
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     #[error("configuration file {0} cannot be read")]
@@ -34,14 +37,20 @@ fn hint(nearest: &Option<String>, known: &[String]) -> String {
 
 /// Reads `T` from a YAML file. `T` should `deny_unknown_fields`; an empty file is `T` from `{}`.
 pub fn load<T: DeserializeOwned>(file: &Path) -> Result<T, ConfigError> {
+    parse(file, &text(file)?)
+}
+
+/// The text of a configuration file.
+pub fn text(file: &Path) -> Result<String, ConfigError> {
     let read = |e| ConfigError::Read(file.into(), e);
     if std::fs::metadata(file).map_err(read)?.len() > MAX_FILE {
         return Err(ConfigError::TooLarge(file.into()));
     }
-    parse(file, &std::fs::read_to_string(file).map_err(read)?)
+    std::fs::read_to_string(file).map_err(read)
 }
 
-fn parse<T: DeserializeOwned>(file: &Path, text: &str) -> Result<T, ConfigError> {
+/// `T` from the text of a file; the path is for the errors.
+pub fn parse<T: DeserializeOwned>(file: &Path, text: &str) -> Result<T, ConfigError> {
     let empty = text
         .lines()
         .all(|l| l.trim().is_empty() || l.trim_start().starts_with('#'));
@@ -55,14 +64,8 @@ fn explain(file: &Path, error: &serde_saphyr::Error) -> ConfigError {
         serde_saphyr::Error::SerdeUnknownField {
             field, expected, ..
         } => {
-            let known: Vec<String> = expected.iter().map(ToString::to_string).collect();
-            let key = field.to_string();
-            ConfigError::UnknownKey {
-                file,
-                nearest: nearest(&key, &known),
-                known,
-                key,
-            }
+            let known: Vec<&str> = expected.to_vec();
+            unknown_key(&file, field, &known)
         }
         other => {
             let text = other.to_string();
@@ -72,12 +75,26 @@ fn explain(file: &Path, error: &serde_saphyr::Error) -> ConfigError {
     }
 }
 
-/// The known name within a third of the letters of `key`, case aside.
-fn nearest(key: &str, known: &[String]) -> Option<String> {
-    let lower = key.to_lowercase();
-    let near = |name: &String| (distance(&lower, &name.to_lowercase()), name.clone());
-    let (away, name) = known.iter().map(near).min()?;
-    (away <= key.len().div_ceil(3)).then_some(name)
+/// The error for a key that a file may not have: with the name that was probably meant.
+pub fn unknown_key(file: &Path, key: &str, known: &[&str]) -> ConfigError {
+    let key: String = key.chars().take(MAX_SHOWN).collect();
+    ConfigError::UnknownKey {
+        file: file.to_owned(),
+        nearest: nearest(&key, known),
+        known: known.iter().map(ToString::to_string).collect(),
+        key,
+    }
+}
+
+/// The known name within a third of the letters of `key`; case, hyphens and underscores aside.
+pub fn nearest(key: &str, known: &[&str]) -> Option<String> {
+    let plain = |name: &str| name.to_lowercase().replace(['-', '_'], "");
+    let wanted = plain(key);
+    let known = known.iter().copied();
+    let (away, name) = known
+        .map(|name| (distance(&wanted, &plain(name)), name))
+        .min()?;
+    (away <= key.len().div_ceil(3)).then(|| name.to_owned())
 }
 
 /// Levenshtein's distance.
@@ -124,6 +141,11 @@ mod tests {
         assert_eq!(
             sample("dataDri: /x\n").unwrap_err(),
             "configuration file edge.yaml: there is no key \"dataDri\"; did you mean \"dataDir\"?"
+        );
+        assert!(
+            sample("data-dir: /x\n")
+                .unwrap_err()
+                .ends_with("did you mean \"dataDir\"?")
         );
         assert!(
             sample("colour: red\n")

@@ -27,6 +27,7 @@ pub mod lanes;
 pub mod listen;
 pub mod mux;
 mod quic;
+mod redacted;
 pub mod session;
 #[cfg(test)]
 mod testing;

@@ -172,7 +172,9 @@ impl ObjectKey {
         let namespace = parts.next().ok_or_else(bad)?;
         let name = parts.next().ok_or_else(bad)?;
         let uid = parts.next().unwrap_or("");
-        if parts.next().is_some() || text.len() > 1024 {
+        // What is printed in logs must not be able to forge a line of them.
+        let plain = !text.bytes().any(|b| b.is_ascii_control());
+        if parts.next().is_some() || text.len() > 1024 || !plain {
             return Err(bad());
         }
         Ok(Self::build(kind, namespace, name, uid))
@@ -213,7 +215,15 @@ mod tests {
         ] {
             assert_eq!(ObjectKey::parse(&key.to_string()), Ok(key));
         }
-        for bad in ["", "Pod", "Pod/a", "Pods/a/b", "Pod/a/b/c/d"] {
+        for bad in [
+            "",
+            "Pod",
+            "Pod/a",
+            "Pods/a/b",
+            "Pod/a/b/c/d",
+            "Pod/a/b\nERROR c",
+            "Pod/a/b\u{1b}[31m",
+        ] {
             assert!(ObjectKey::parse(bad).is_err(), "{bad}");
         }
     }

@@ -10,6 +10,11 @@ fn hub_proto_is_what_is_checked_in() {
     let files = protox::compile(["hub.proto"], [root.join("proto")]).unwrap();
     prost_build::Config::new()
         .out_dir(out.path())
+        // Their Debug is written by hand: it shows no secret and no object's content.
+        .skip_debug(
+            ["Token", "JoinRequest", "TokenGiven", "Put", "Report"]
+                .map(|message| format!(".edge.hub.v1.{message}")),
+        )
         .compile_fds(files)
         .unwrap();
     let fresh = std::fs::read_to_string(out.path().join("edge.hub.v1.rs")).unwrap();

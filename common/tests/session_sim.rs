@@ -143,6 +143,9 @@ impl CloudView for View<'_> {
     fn marks(&self) -> Marks {
         [(Kind::Pod, self.revision)].into()
     }
+    fn revision(&self, _: &ObjectKey) -> u64 {
+        self.revision
+    }
     fn each(&self, visit: &mut dyn FnMut(&ObjectKey, &ContentHash)) {
         self.objects.iter().for_each(|(k, o)| visit(k, &o.hash));
     }
@@ -611,7 +614,8 @@ impl World {
                     self.cloud(|c, _| c.ack_events(last));
                 }
                 CloudEvent::InSync => self.in_sync = true,
-                CloudEvent::EdgeCannotCommit => {
+                CloudEvent::TooLarge { key, bytes } => panic!("{key} of {bytes} bytes"),
+                CloudEvent::EdgeCannotCommit | CloudEvent::Disagreed => {
                     self.cloud(|c, v| c.resume(v));
                 }
                 CloudEvent::Live | CloudEvent::Asked(_) => {}

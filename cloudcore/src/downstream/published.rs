@@ -25,8 +25,8 @@ pub struct NodeSnapshot {
     ///
     /// It belongs to a complete digest. Pods, the Node and Services have one feed each. Secrets and
     /// ConfigMaps have a watch each, so their mark is the least of them; a node without any has
-    /// the Pods' mark, since it is the Pods that name none. A batch of changes must carry no less
-    /// than the `revision` of each object in it (`batch_marks`).
+    /// the Pods' mark, since it is the Pods that name none. A batch of changes carries no less
+    /// than the `revision` of each object in it (the session sees to that).
     pub marks: BTreeMap<Kind, u64>,
     held_back: Arc<BTreeSet<ObjectKey>>,
     all_listed: bool,
@@ -38,19 +38,6 @@ impl NodeSnapshot {
     /// waits for a refused Secret does not keep the others from being removed.
     pub fn may_remove(&self, key: &ObjectKey) -> bool {
         self.all_listed && !self.objects.contains_key(key) && !self.held_back.contains(key)
-    }
-
-    /// The marks of a batch that carries `objects`: the newest revision per kind. An edge that
-    /// keeps the highest of them refuses a complete digest that knows less.
-    pub fn batch_marks<'a>(
-        objects: impl IntoIterator<Item = &'a Versioned>,
-    ) -> BTreeMap<Kind, u64> {
-        let mut marks = BTreeMap::new();
-        for versioned in objects {
-            let mark = marks.entry(versioned.object.key.kind).or_default();
-            *mark = versioned.revision.max(*mark);
-        }
-        marks
     }
 }
 

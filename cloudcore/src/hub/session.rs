@@ -22,6 +22,7 @@ use common::pki::NodeIdentity;
 use common::telemetry::chain;
 use futures::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
@@ -29,11 +30,20 @@ use super::registry::{Ending, SessionEntry};
 use super::view::SessionView;
 use super::{Answer, HubDeps};
 use crate::downstream::{NodeFeed, NodeSnapshot};
+use crate::enroll::cache::NotAllowed;
+use crate::enroll::record::Enrolment;
 use crate::nodes::claim::Claim;
 use crate::upstream::NodeUpstream;
 
 /// From the connection to a Hello.
 const HELLO: Duration = Duration::from_secs(15);
+
+/// From the Hello to a committed Welcome: an edge with a slow disk commits within seconds. One that
+/// never does would hold the node's Lease, and its Node would look Ready.
+const LIVE_WITHIN: Duration = Duration::from_secs(60);
+
+/// Before an edge that could not be judged dials again.
+const JUDGE_AGAIN_MS: u32 = 2_000;
 
 /// After an edge said that its disk is full.
 const COMMIT_AGAIN: Duration = Duration::from_secs(15);
@@ -53,7 +63,7 @@ pub enum SessionError {
     #[error("the certificate does not name a node")]
     Identity(#[from] common::pki::PkiError),
     #[error("the node may not have a session")]
-    NotAllowed(#[from] crate::enroll::cache::NotAllowed),
+    NotAllowed(#[from] NotAllowed),
     #[error("the link failed")]
     Lanes(#[from] LaneError),
     #[error("the edge broke the protocol")]
@@ -62,6 +72,12 @@ pub enum SessionError {
     Claim(#[from] crate::nodes::claim::ClaimError),
     #[error("no Hello within {} s", HELLO.as_secs())]
     NoHello,
+    #[error("the edge did not commit its Welcome within {} s", LIVE_WITHIN.as_secs())]
+    NotLive,
+    #[error("newer connections of the same device have taken its place")]
+    Overtaken,
+    #[error("the edge says again and again that it has seen more than the cluster ever held")]
+    Marks,
     #[error("the session was ended: {0}")]
     Ended(String),
 }
@@ -83,6 +99,7 @@ pub async fn serve(
     let _in = span.enter();
     match &result {
         Ok(()) => connection.close(0, "drained"),
+        Err(SessionError::NotAllowed(_) | SessionError::Overtaken) => connection.close(1, "ended"),
         Err(error) => {
             info!(reason = %chain(error), "the session ended");
             connection.close(1, "ended");
@@ -97,35 +114,89 @@ async fn admitted(
     deps: &Arc<HubDeps>,
     shutdown: CancellationToken,
 ) -> Result<(), SessionError> {
-    let mut lanes = Lanes::accept(connection).await?;
-    if let Err(refusal) = deps.enrolments.allowed(identity).await {
-        warn!(peer = %connection.remote_address(), %refusal, "refused a session");
-        say_goodbye(&lanes, GoAwayReason::GoAwayRevoked, refusal.to_string()).await;
-        return Err(refusal.into());
-    }
+    let arrival = deps.registry.arrive(identity.key_id);
+    let (mut lanes, enrolment) = tokio::select! {
+        biased;
+        () = arrival.overtaken().cancelled() => return Err(SessionError::Overtaken),
+        arrived = arrived(connection, identity, deps) => arrived?,
+    };
     let entry = deps
         .registry
         .enter(identity.node.clone(), connection.clone(), now_ms());
-    let result = begun(&mut lanes, identity, deps, &entry, shutdown).await;
+    drop(arrival);
+    // With one key there is none that ends by this session.
+    let rotates = enrolment.spec.keys.len() > 1;
+    let result = begun(&mut lanes, identity, rotates, deps, &entry, shutdown).await;
     deps.registry.leave(&entry);
     result
+}
+
+/// Opens the lanes, waits for the device's turn and asks whether it may come in.
+async fn arrived(
+    connection: &Connection,
+    identity: &NodeIdentity,
+    deps: &HubDeps,
+) -> Result<(Lanes, Arc<Enrolment>), SessionError> {
+    let lanes = Lanes::accept(connection).await?;
+    while let Err(wait) = deps.paces.sessions.take(identity.key_id, Instant::now()) {
+        debug!(?wait, "too many sessions of this device; this one waits");
+        tokio::time::sleep(wait).await;
+    }
+    let refusal = match deps.enrolments.allowed(identity).await {
+        Ok(enrolment) => return Ok((lanes, enrolment)),
+        Err(refusal) => refusal,
+    };
+    let peer = connection.remote_address();
+    if deps
+        .paces
+        .refusals
+        .take(identity.key_id, Instant::now())
+        .is_ok()
+    {
+        warn!(%peer, refusal = %chain(&refusal), "refused a session");
+    } else {
+        debug!(%peer, refusal = %chain(&refusal), "refused a session");
+    }
+    say_goodbye(&lanes, refused(&refusal)).await;
+    Err(refusal.into())
+}
+
+/// What a device is told that may not come in. Only what is known for sure makes it wait for long.
+fn refused(refusal: &NotAllowed) -> proto::GoAway {
+    let mut go = proto::GoAway {
+        message: refusal.to_string(),
+        ..Default::default()
+    };
+    match refusal {
+        NotAllowed::OtherCluster { .. }
+        | NotAllowed::NotEnrolled(_)
+        | NotAllowed::Revoked(_)
+        | NotAllowed::OtherKey(_) => go.set_reason(GoAwayReason::GoAwayRevoked),
+        NotAllowed::Unavailable(..) => go.retry_after_ms = JUDGE_AGAIN_MS,
+    }
+    go
 }
 
 async fn begun(
     lanes: &mut Lanes,
     identity: &NodeIdentity,
+    rotates: bool,
     deps: &Arc<HubDeps>,
     entry: &Arc<SessionEntry>,
     shutdown: CancellationToken,
 ) -> Result<(), SessionError> {
-    let (lane, hello) = tokio::time::timeout(HELLO, lanes.recv())
-        .await
-        .map_err(|_| SessionError::NoHello)??;
-    debug!(?lane, "greeted");
-    let claim = deps.claims.claim(&identity.node).await?;
+    let mut ending = entry.ending();
+    let (hello, claim) = tokio::select! {
+        biased;
+        Ending { reason, message } = told(&mut ending) => {
+            say_goodbye(lanes, go_away(reason, message.clone())).await;
+            return Err(SessionError::Ended(message));
+        }
+        greeted = greeted(lanes, &identity.node, deps) => greeted?,
+    };
     let claim = Arc::new(claim);
     entry.epoch.store(claim.epoch(), Ordering::Relaxed);
-    if let Err(error) = deps.enroller.first_session(identity).await {
+    if rotates && let Err(error) = deps.enroller.first_session(identity).await {
         // The older key stays valid a little longer.
         warn!(error = %chain(&error), "the first session of a certificate was not recorded");
     }
@@ -145,9 +216,28 @@ async fn begun(
         entry,
         deps,
         retry: None,
+        live_by: Some(Instant::now() + LIVE_WITHIN),
     };
     actor.handle(*hello)?;
     actor.run(shutdown).await
+}
+
+/// The Hello, and the claim on the node: nothing is written for whoever says something else.
+async fn greeted(
+    lanes: &mut Lanes,
+    node: &NodeName,
+    deps: &HubDeps,
+) -> Result<(Box<proto::Message>, Claim), SessionError> {
+    let (lane, hello) = tokio::time::timeout(HELLO, lanes.recv())
+        .await
+        .map_err(|_| SessionError::NoHello)??;
+    debug!(?lane, "greeted");
+    if !matches!(hello.body, Some(proto::message::Body::Hello(_))) {
+        let instead = ProtocolError::OutOfPlace("something else", "waiting for a Hello");
+        return Err(instead.into());
+    }
+    let claim = deps.claims.claim(node).await?;
+    Ok((hello, claim))
 }
 
 struct Actor<'a> {
@@ -164,7 +254,9 @@ struct Actor<'a> {
     entry: &'a Arc<SessionEntry>,
     deps: &'a Arc<HubDeps>,
     /// When an edge or the API server could not, the next try.
-    retry: Option<tokio::time::Instant>,
+    retry: Option<Instant>,
+    /// Until the edge has committed its Welcome: when that takes too long.
+    live_by: Option<Instant>,
 }
 
 /// What a finished answer brings.
@@ -176,6 +268,8 @@ pub enum Answered {
         marks: Option<Marks>,
         epoch: [u8; 16],
     },
+    /// The node's word alone begins no further cluster epoch.
+    NotBelieved,
 }
 
 impl Actor<'_> {
@@ -206,7 +300,7 @@ impl Actor<'_> {
                     self.handle(*message)?;
                 }
                 Some(answered) = self.answers.next(), if !self.answers.is_empty() => {
-                    self.answered(answered);
+                    self.answered(answered)?;
                 }
                 acked = self.upstream.acked() => {
                     let acks = acked.into_iter().map(|a| (a.key, a.sequence, false));
@@ -216,6 +310,7 @@ impl Actor<'_> {
                     self.snapshot = self.feed.snapshot();
                     self.with_view(|session, view| session.pump(view));
                 }
+                () = at(self.live_by) => return Err(SessionError::NotLive),
                 () = at(self.retry) => {
                     self.retry = None;
                     self.snapshot = self.feed.snapshot();
@@ -275,11 +370,21 @@ impl Actor<'_> {
                     .welcome(&hello, self.claim.epoch(), self.epoch, now_ms());
                 self.session.welcome(welcome);
             }
-            CloudEvent::Live => info!(epoch = self.claim.epoch(), "the session is live"),
+            CloudEvent::Live => {
+                self.live_by = None;
+                info!(epoch = self.claim.epoch(), "the session is live");
+            }
             CloudEvent::Behind { committed } => self.list_again(committed),
             CloudEvent::EdgeCannotCommit => {
-                warn!("the edge's store cannot commit; its disk may be full");
-                self.retry = Some(tokio::time::Instant::now() + COMMIT_AGAIN);
+                self.warn("the edge's store cannot commit; its disk may be full");
+                self.retry = Some(Instant::now() + COMMIT_AGAIN);
+            }
+            CloudEvent::Disagreed => {
+                self.warn("the edge does not hold what it was sent, again and again");
+                self.retry = Some(Instant::now() + COMMIT_AGAIN);
+            }
+            CloudEvent::TooLarge { key, bytes } => {
+                self.warn(&format!("a report of {key} with {bytes} bytes was refused"));
             }
             CloudEvent::InSync => {
                 if let Some(bytes) = self.entry.in_sync(now_ms()) {
@@ -318,13 +423,21 @@ impl Actor<'_> {
         };
         if let Err(error) = taken {
             // Acknowledged, or it would come again for ever.
-            warn!(%key, error = %chain(&error), "a report was refused");
+            self.warn(&format!("a report was refused: {}", chain(&error)));
             self.session.ack_reports([(key, sequence, false)]);
         }
     }
 
+    /// Warns, but not of everything that a device makes happen in a loop.
+    fn warn(&self, what: &str) {
+        let pace = &self.deps.paces.warnings;
+        if pace.take(self.node.clone(), Instant::now()).is_ok() {
+            warn!("{what}");
+        }
+    }
+
     fn list_again(&mut self, committed: Marks) {
-        info!(
+        debug!(
             ?committed,
             "the edge has seen more than this replica; listing again"
         );
@@ -343,21 +456,35 @@ impl Actor<'_> {
                     };
                 }
             };
-            let epoch = if behind(&marks, &committed).is_some() {
-                deps.begin_epoch(epoch).await.unwrap_or(epoch)
-            } else {
-                epoch
-            };
-            Answered::Listed {
-                committed,
-                marks: Some(marks),
-                epoch,
+            if behind(&marks, &committed).is_none() {
+                return Answered::Listed {
+                    committed,
+                    marks: Some(marks),
+                    epoch,
+                };
+            }
+            if deps.paces.epochs.take(node, Instant::now()).is_err() {
+                return Answered::NotBelieved;
+            }
+            match deps.begin_epoch(epoch).await {
+                Some(epoch) => Answered::Listed {
+                    committed,
+                    marks: Some(marks),
+                    epoch,
+                },
+                // Again after a while.
+                None => Answered::Listed {
+                    committed,
+                    marks: None,
+                    epoch,
+                },
             }
         }));
     }
 
-    fn answered(&mut self, answered: Answered) {
+    fn answered(&mut self, answered: Answered) -> Result<(), SessionError> {
         match answered {
+            Answered::NotBelieved => return Err(SessionError::Marks),
             Answered::Events(sequence) => self.session.ack_events(sequence),
             Answered::Response(response) => self.session.respond(*response),
             Answered::Listed {
@@ -387,15 +514,14 @@ impl Actor<'_> {
                 self.with_view(|session, view| session.listed(view));
             }
         }
+        Ok(())
     }
 
     async fn say(&mut self, reason: GoAwayReason, message: &str, retry_after_ms: u32) {
-        let mut go = proto::GoAway {
-            message: message.to_owned(),
+        let go = proto::GoAway {
             retry_after_ms,
-            ..Default::default()
+            ..go_away(reason, message.to_owned())
         };
-        go.set_reason(reason);
         self.session.go_away(go);
         // A link that cannot take it is closed all the same.
         let _ = self.flush();
@@ -408,12 +534,15 @@ async fn settle() {
     tokio::time::sleep(Duration::from_millis(100)).await;
 }
 
-async fn say_goodbye(lanes: &Lanes, reason: GoAwayReason, message: String) {
-    let mut go = proto::GoAway {
+fn go_away(reason: GoAwayReason, message: String) -> proto::GoAway {
+    proto::GoAway {
+        reason: reason.into(),
         message,
-        ..Default::default()
-    };
-    go.set_reason(reason);
+        retry_after_ms: 0,
+    }
+}
+
+async fn say_goodbye(lanes: &Lanes, go: proto::GoAway) {
     let message = proto::Message {
         body: Some(proto::message::Body::GoAway(go)),
     };
@@ -435,7 +564,7 @@ async fn told(ending: &mut watch::Receiver<Option<Ending>>) -> Ending {
     }
 }
 
-async fn at(when: Option<tokio::time::Instant>) {
+async fn at(when: Option<Instant>) {
     match when {
         Some(when) => tokio::time::sleep_until(when).await,
         None => std::future::pending().await,

@@ -36,6 +36,11 @@ impl CloudView for SessionView<'_> {
         self.snapshot.marks.clone()
     }
 
+    fn revision(&self, key: &ObjectKey) -> u64 {
+        let object = self.snapshot.objects.get(key);
+        object.map_or(0, |versioned| versioned.revision)
+    }
+
     fn each(&self, visit: &mut dyn FnMut(&ObjectKey, &ContentHash)) {
         self.snapshot
             .objects

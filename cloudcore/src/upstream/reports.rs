@@ -11,6 +11,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use common::hub::session::MAX_REPORT;
 use common::ids::{Kind, NodeName, ObjectKey};
 use common::object::{ContentHash, Digest};
 
@@ -19,8 +20,6 @@ use super::queue::Moment;
 /// A kubelet has 110 Pods by default and 500 in the densest clusters; twice that leaves room for
 /// Pods that end while their successors start.
 const MAX_REPORTS: usize = 1024;
-/// A Pod's status with 20 containers and full termination messages (12 KiB a Pod) is below 64 KiB.
-const MAX_REPORT: usize = 256 << 10;
 /// Of one node: what 1024 usual reports take, and what a node that lies may cost.
 const MAX_BYTES: usize = 4 << 20;
 

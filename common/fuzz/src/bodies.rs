@@ -20,8 +20,12 @@ pub fn frame(data: &[u8]) {
     let Some((size, data)) = data.split_first() else {
         return;
     };
-    let mut reader = frame::FrameReader::default();
-    for piece in data.chunks(usize::from(*size).max(1)) {
+    pieces(frame::FrameReader::default(), *size, data);
+    pieces(frame::FrameReader::upward(), *size, data);
+}
+
+fn pieces(mut reader: frame::FrameReader, size: u8, data: &[u8]) {
+    for piece in data.chunks(usize::from(size).max(1)) {
         reader.feed(piece);
         loop {
             match reader.next_message() {
@@ -109,6 +113,9 @@ impl CloudView for Ends {
     }
     fn marks(&self) -> Marks {
         [(Kind::Pod, 5)].into()
+    }
+    fn revision(&self, _: &ObjectKey) -> u64 {
+        5
     }
     fn each(&self, visit: &mut dyn FnMut(&ObjectKey, &ContentHash)) {
         self.objects.iter().for_each(|(k, o)| visit(k, &o.hash));

@@ -78,7 +78,7 @@ impl Lanes {
             };
             streams.push((lane, connection.open(class(lane), &head).await?));
         }
-        Ok(Self::over(streams))
+        Ok(Self::over(streams, FrameReader::default))
     }
 
     /// The cloud accepts.
@@ -94,14 +94,14 @@ impl Lanes {
                 streams.push((lane, (stream.send, stream.recv)));
             }
             streams.sort_by_key(|(lane, _)| *lane);
-            Ok(Self::over(streams))
+            Ok(Self::over(streams, FrameReader::upward))
         };
         tokio::time::timeout(OPENING, all)
             .await
             .unwrap_or(Err(LaneError::NotOpened))
     }
 
-    fn over(streams: Vec<(Lane, (SendStream, RecvStream))>) -> Self {
+    fn over(streams: Vec<(Lane, (SendStream, RecvStream))>, frames: fn() -> FrameReader) -> Self {
         let queued = Arc::new(AtomicUsize::new(0));
         let (received, incoming) = mpsc::channel(INCOMING);
         let mut tasks = JoinSet::new();
@@ -117,7 +117,7 @@ impl Lanes {
             readers.push((lane, recv));
         }
         for (lane, recv) in readers {
-            tasks.spawn(read(recv, lane, received.clone()));
+            tasks.spawn(read(recv, lane, frames(), received.clone()));
         }
         let writers = writers
             .try_into()
@@ -203,8 +203,12 @@ async fn write(
     send.finish();
 }
 
-async fn read(mut recv: RecvStream, lane: Lane, received: mpsc::Sender<Received>) {
-    let mut frames = FrameReader::default();
+async fn read(
+    mut recv: RecvStream,
+    lane: Lane,
+    mut frames: FrameReader,
+    received: mpsc::Sender<Received>,
+) {
     loop {
         let result = match recv.read(READ_CHUNK).await {
             Ok(Some(bytes)) => {

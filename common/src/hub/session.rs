@@ -34,10 +34,16 @@ pub enum ProtocolError {
     Inventory { keys: usize, hashes: usize },
     #[error("the peer's inventory names more than {0} objects")]
     TooMany(usize),
+    #[error("one message carries {0} bytes of reports")]
+    TooMuch(usize),
 }
 
 /// More objects than any node can need: 500 Pods with 60 references each.
 pub const MAX_OBJECTS: usize = 30_000;
+
+/// A Pod's status with 20 containers and full termination messages (12 KiB a Pod) is below 64 KiB:
+/// a report of more than this is refused before it is decoded.
+pub const MAX_REPORT: usize = 256 << 10;
 
 pub(crate) fn id16(what: &'static str, bytes: &[u8]) -> Result<[u8; 16], ProtocolError> {
     bytes

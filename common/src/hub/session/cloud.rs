@@ -15,8 +15,10 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
+use prost::Message as _;
+
 use super::{
-    MAX_OBJECTS, Marks, ProtocolError, behind, digest_or_empty, id16, marks_from_wire,
+    MAX_OBJECTS, MAX_REPORT, Marks, ProtocolError, behind, digest_or_empty, id16, marks_from_wire,
     marks_to_wire,
 };
 use crate::hub::proto::message::Body;
@@ -33,12 +35,20 @@ const BATCH_BYTES: usize = 64 << 10;
 /// An edge sends its reports, Events and requests right behind its WelcomeAck, on lanes of their
 /// own: one message of each, and a request for each token that a Pod waits for.
 const EARLY: usize = 256;
+/// And of these bytes: a window of reports, a window of Events and the requests.
+const EARLY_BYTES: usize = 2 << 20;
+
+/// Content of one message's reports. The edge's window is 256 KiB; each byte may have come as a
+/// thousandth of one, so what is decoded is bounded and not what is read.
+const REPORTS_BYTES: usize = 1 << 20;
 
 /// What should be at the edge, as the session reads it.
 pub trait CloudView {
     /// The cluster epoch this view belongs to.
     fn epoch(&self) -> [u8; 16];
     fn marks(&self) -> Marks;
+    /// The resourceVersion of an object of the view: it may be above its kind's mark.
+    fn revision(&self, key: &ObjectKey) -> u64;
     /// Every object that the node should hold.
     fn each(&self, visit: &mut dyn FnMut(&ObjectKey, &ContentHash));
     fn hash(&self, key: &ObjectKey) -> Option<ContentHash>;
@@ -68,6 +78,13 @@ pub enum CloudEvent {
     },
     /// The edge's store cannot commit: pump again later.
     EdgeCannotCommit,
+    /// What was sent does not arrive as it is, again and again: pump again later.
+    Disagreed,
+    /// A report that no Pod can need: acknowledged and not taken.
+    TooLarge {
+        key: ObjectKey,
+        bytes: usize,
+    },
     /// The edge holds exactly the view: said once for each change.
     InSync,
     Report {
@@ -123,6 +140,9 @@ pub struct CloudSession {
     /// The epoch and marks that the edge committed.
     committed_epoch: Option<[u8; 16]>,
     committed: Marks,
+    /// What the edge's marks are after all that was sent: the committed ones, raised by the view's
+    /// and by each object's own revision, so that no older view of an object can follow it.
+    floor: Marks,
     known: Known,
     /// Objects whose delta the edge could not use: sent without a base.
     in_full: BTreeSet<ObjectKey>,
@@ -131,11 +151,14 @@ pub struct CloudSession {
     /// The digest that the edge last acknowledged as complete.
     completed: Option<Digest>,
     paused: bool,
+    /// Complete batches in a row whose digest did not come out.
+    disagreements: u32,
     told_behind: bool,
     /// The edge is new or has lost its marks: only a consistent list may be sent.
     unmarked: bool,
     /// What overtook the WelcomeAck on another lane.
     early: Vec<Body>,
+    early_bytes: usize,
     out: VecDeque<(Lane, proto::Message)>,
     events: VecDeque<CloudEvent>,
 }
@@ -148,15 +171,18 @@ impl Default for CloudSession {
             incarnation: [0; 16],
             committed_epoch: None,
             committed: Marks::new(),
+            floor: Marks::new(),
             known: Known::Nothing,
             in_full: BTreeSet::new(),
             in_flight: [None, None],
             next_sequence: 1,
             completed: None,
             paused: false,
+            disagreements: 0,
             told_behind: false,
             unmarked: false,
             early: Vec::new(),
+            early_bytes: 0,
             out: VecDeque::new(),
             events: VecDeque::new(),
         }
@@ -208,11 +234,13 @@ impl CloudSession {
         message: proto::Message,
         view: &dyn CloudView,
     ) -> Result<(), ProtocolError> {
+        let bytes = message.encoded_len();
         let Some(body) = message.body else {
             return Ok(());
         };
         if self.phase == Phase::Welcomed && !matches!(body, Body::WelcomeAck(_)) {
-            if self.early.len() >= EARLY {
+            self.early_bytes += bytes;
+            if self.early.len() >= EARLY || self.early_bytes > EARLY_BYTES {
                 return Err(ProtocolError::OutOfPlace("so much", self.phase.word()));
             }
             self.early.push(body);
@@ -246,6 +274,7 @@ impl CloudSession {
             }
             Body::Reports(reports) => {
                 self.require(Phase::Live, "Reports")?;
+                check_size(&reports.reports)?;
                 for report in reports.reports {
                     self.report(report, view)?;
                 }
@@ -286,6 +315,7 @@ impl CloudSession {
         } else {
             self.committed_epoch = Some(id16("a cluster epoch", &hello.epoch)?);
             self.committed = marks_from_wire(&hello.marks);
+            self.floor = self.committed.clone();
         }
         self.phase = Phase::Claiming;
         self.events
@@ -370,6 +400,7 @@ impl CloudSession {
             proto::BatchOutcome::BatchCommitted => self.batch_committed(flight, &ack)?,
             proto::BatchOutcome::BatchStale => {
                 self.committed = marks_from_wire(&ack.marks);
+                self.floor = self.committed.clone();
                 self.told_behind = false;
             }
             proto::BatchOutcome::BatchFailed => {
@@ -391,6 +422,7 @@ impl CloudSession {
             .iter()
             .map(parse)
             .collect::<Result<BTreeSet<_>, _>>()?;
+        let mut again = false;
         if let Known::Is(known) = &mut self.known {
             for key in flight.removes {
                 known.remove(&key);
@@ -398,28 +430,51 @@ impl CloudSession {
             for (key, hash) in flight.puts {
                 if unusable.contains(&key) {
                     known.remove(&key);
-                    self.in_full.insert(key);
+                    // It was whole already: sending it at once again would not end.
+                    again |= !self.in_full.insert(key);
                 } else {
                     self.in_full.remove(&key);
                     known.insert(key, hash);
                 }
             }
         }
+        if again {
+            self.pause_disagreed();
+        }
         let Some(said) = flight.complete else {
             return Ok(());
         };
         if digest_or_empty(ack.desired.as_ref())? == said {
+            self.disagreements = 0;
             self.completed = Some(said);
             self.events.push_back(CloudEvent::InSync);
         } else if unusable.is_empty() {
-            // The two disagree on what is there: look again.
+            // The two disagree on what is there: look again, and if that did not help, later.
+            self.disagreements += 1;
+            if self.disagreements > 1 {
+                self.pause_disagreed();
+            }
             self.ask_inventory();
         }
         Ok(())
     }
 
+    fn pause_disagreed(&mut self) {
+        if !self.paused {
+            self.paused = true;
+            self.events.push_back(CloudEvent::Disagreed);
+        }
+    }
+
     fn report(&mut self, report: proto::Report, view: &dyn CloudView) -> Result<(), ProtocolError> {
         let key = ObjectKey::parse(&report.key)?;
+        let size = report.size as usize;
+        if size > MAX_REPORT {
+            self.ack_reports([(key.clone(), report.sequence, false)]);
+            self.events
+                .push_back(CloudEvent::TooLarge { key, bytes: size });
+            return Ok(());
+        }
         let base = if report.base.is_empty() {
             None
         } else {
@@ -432,7 +487,6 @@ impl CloudSession {
                 }
             }
         };
-        let size = report.size as usize;
         let decoded = delta::decode(report.encoding, &report.payload, size, base.as_deref())
             .map(Arc::<[u8]>::from)
             .ok()
@@ -606,6 +660,7 @@ impl CloudSession {
         let complete = (last && alone && view.complete()).then(|| digest_of(view));
         let sequence = self.next_sequence;
         self.next_sequence += 1;
+        self.raise_floor(&puts, view);
         let hash_of = |put: &proto::Put| ContentHash::from_slice(&put.hash).unwrap_or_default();
         let flight = InFlight {
             sequence,
@@ -617,7 +672,7 @@ impl CloudSession {
         let batch = proto::Batch {
             sequence,
             epoch: view.epoch().to_vec(),
-            marks: marks_to_wire(&view.marks()),
+            marks: marks_to_wire(&self.floor),
             puts: puts.into_iter().map(|(_, p)| p).collect(),
             removes: removes.iter().map(ToString::to_string).collect(),
             complete: complete.map(Into::into),
@@ -626,6 +681,18 @@ impl CloudSession {
         self.committed_epoch = Some(view.epoch());
         self.committed = view.marks();
         self.send(BATCH_LANES[slot], Body::Batch(batch));
+    }
+
+    fn raise_floor(&mut self, puts: &[(ObjectKey, proto::Put)], view: &dyn CloudView) {
+        if self.committed_epoch != Some(view.epoch()) {
+            // Marks count from the epoch's beginning.
+            self.floor.clear();
+        }
+        let revisions = puts.iter().map(|(key, _)| (key.kind, view.revision(key)));
+        for (kind, revision) in view.marks().into_iter().chain(revisions) {
+            let mark = self.floor.entry(kind).or_default();
+            *mark = revision.max(*mark);
+        }
     }
 }
 
@@ -644,8 +711,21 @@ impl Due {
     }
 }
 
+/// Before anything is decoded: what the reports of one message come to.
+fn check_size(reports: &[proto::Report]) -> Result<(), ProtocolError> {
+    let taken = reports.iter().map(|r| r.size as usize);
+    let bytes = taken.filter(|size| *size <= MAX_REPORT).sum();
+    if bytes > REPORTS_BYTES {
+        return Err(ProtocolError::TooMuch(bytes));
+    }
+    Ok(())
+}
+
 fn digest_of(view: &dyn CloudView) -> Digest {
     let mut digest = Digest::default();
     view.each(&mut |key, hash| digest.add(key, hash));
     digest
 }
+
+#[cfg(test)]
+mod tests;
