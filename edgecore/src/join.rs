@@ -46,6 +46,23 @@ pub enum JoinError {
 }
 
 impl JoinError {
+    /// Whether the same try may succeed later: the cloud was not there, or could not decide.
+    fn may_pass(&self) -> bool {
+        match self {
+            JoinError::Dial(_) => true,
+            JoinError::Refused { code, .. } => *code == RefusalCode::RefusalUnavailable,
+            JoinError::NeverJoined
+            | JoinError::Address(_)
+            | JoinError::NoToken
+            | JoinError::Token(_)
+            | JoinError::Name(_)
+            | JoinError::HostName(_)
+            | JoinError::Identity(_)
+            | JoinError::OtherNode { .. }
+            | JoinError::Link(_) => false,
+        }
+    }
+
     /// What the process exits with, so that scripts can tell the refusals apart. The table is in
     /// `docs/operations/join.md`.
     pub fn exit_code(&self) -> u8 {
@@ -102,7 +119,7 @@ pub async fn ensure(store: &Store, join: Option<Join<'_>>) -> Result<(), JoinErr
     };
     match (enrol(store, join.address, token, &name).await, joined) {
         // The token may be meant to mend an enrolment that has ended. Pods never wait for that.
-        (Err(error @ JoinError::Dial(_)), Some(joined)) => {
+        (Err(error), Some(joined)) if error.may_pass() => {
             warn!(
                 error = %chain(&error), node = %joined.node,
                 "the new token was not used; this device goes on with what it has"
@@ -209,5 +226,23 @@ pub fn go_arch() -> &'static str {
         "x86" => "386",
         "powerpc64" => "ppc64le",
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_is_final_and_an_absent_cloud_is_not() {
+        let refused = |code| JoinError::Refused {
+            code,
+            message: String::new(),
+        };
+        assert!(JoinError::Dial(DialError::NoEndpoint).may_pass());
+        assert!(refused(RefusalCode::RefusalUnavailable).may_pass());
+        assert!(!refused(RefusalCode::RefusalTokenUsed).may_pass());
+        assert_eq!(refused(RefusalCode::RefusalTokenUsed).exit_code(), 23);
+        assert!(!JoinError::NoToken.may_pass());
     }
 }

@@ -2,8 +2,9 @@
 //! died, or a cluster that was restored, left behind.
 //!
 //! Looks only where nobody else writes: the runtime, the agent's own directory and its ledger; log
-//! directories may be another agent's. Never touches a running container before the cloud has said once that the desired set is
-//! complete, and never anything that does not carry this node's own label: a runtime may be shared.
+//! directories may be another agent's. Never touches a running container before the cloud has said
+//! once that the desired set is complete, and never anything that does not carry this node's own
+//! label: a runtime may be shared.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
