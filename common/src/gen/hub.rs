@@ -360,6 +360,8 @@ pub struct Event {
     pub reason: ::prost::alloc::string::String,
     #[prost(string, tag = "6")]
     pub message: ::prost::alloc::string::String,
+    /// How often since first_ms: a later Event of the same first_ms replaces the count, one of
+    /// another first_ms adds to it.
     #[prost(uint32, tag = "7")]
     pub count: u32,
     #[prost(int64, tag = "8")]
