@@ -16,8 +16,7 @@ pub mod tokens;
 use std::time::Duration;
 
 use common::backoff::Backoff;
-use common::hub::dial::{self, DialError, DialOptions, Preference, Target};
-use common::hub::lanes::LaneError;
+use common::hub::dial::{self, DialError, DialOptions, Preference};
 use common::hub::proto::{self, GoAwayReason};
 use common::hub::tls::ClientIdentity;
 use common::hub::transport::{Connection, LinkConfig, Refusal, TransportError, TransportKind};
@@ -57,17 +56,15 @@ enum LinkError {
 }
 
 impl LinkError {
-    fn says_expired(&self) -> bool {
+    fn expired(&self) -> bool {
         match self {
             LinkError::Link(_) => false,
-            LinkError::Dial(error) => error.most_telling().is_some_and(is_expired),
+            LinkError::Dial(error) => matches!(
+                error.most_telling(),
+                Some(TransportError::Refused(Refusal::Expired))
+            ),
         }
     }
-}
-
-/// Whether the cloud, whose clock alone judges devices, found this one's certificate run out.
-fn is_expired(error: &TransportError) -> bool {
-    matches!(error, TransportError::Refused(Refusal::Expired))
 }
 
 /// Keep-alives that notice a dead link in time: two fit into the deadline.
@@ -102,8 +99,6 @@ pub struct Task {
     remembered: Option<TransportKind>,
     /// When a certificate may be asked for again over a session.
     renew_from: Instant,
-    /// The cloud said that the certificate has run out, whatever this device's clock says.
-    told_expired: bool,
 }
 
 impl Task {
@@ -113,7 +108,6 @@ impl Task {
             backoff: Backoff::new(FIRST_WAIT, LONGEST_WAIT),
             remembered: None,
             renew_from: Instant::now(),
-            told_expired: false,
         }
     }
 
@@ -141,19 +135,13 @@ impl Task {
             Ok(None) => return UNWANTED_WAIT,
             Err(error) => return self.lost(&error),
         };
-        if std::mem::take(&mut self.told_expired) || identity.expired(&self.deps.store) {
-            info!(node = %identity.node, "the certificate has run out; asking for another");
-            if let Err(error) = join::again(&self.deps.store, &identity).await {
-                return self.lost(&error);
-            }
-            return Duration::ZERO;
+        if identity.expired(&self.deps.store) {
+            return self.replace_certificate(&identity).await;
         }
         let connection = match self.dial(&identity).await {
             Ok(connection) => connection,
-            Err(error) => {
-                self.told_expired = error.says_expired();
-                return self.lost(&error);
-            }
+            Err(error) if error.expired() => return self.replace_certificate(&identity).await,
+            Err(error) => return self.lost(&error),
         };
         info!(transport = %connection.kind(), remote = %connection.remote_address(), "connected");
         self.remembered = Some(connection.kind());
@@ -164,6 +152,7 @@ impl Task {
         };
         let deps = SessionDeps {
             store: &self.deps.store,
+            identity: &identity,
             state,
             asks: &mut self.deps.asks,
             connected: &self.deps.connected,
@@ -178,11 +167,25 @@ impl Task {
         if matches!(end, SessionEnd::Renewed) {
             self.renew_from = Instant::now() + identity.renewal_pause();
         }
+        // With TLS 1.3 the cloud judges the certificate after this end is connected.
+        if end.expired() {
+            return self.replace_certificate(&identity).await;
+        }
         self.ended(end)
     }
 
+    /// Gives the wait before the next dial: never none, or a device whose clock is wrong would ask
+    /// for certificates without end.
+    async fn replace_certificate(&mut self, identity: &Identity) -> Duration {
+        info!(node = %identity.node, "the certificate has run out; asking for another");
+        match join::again(&self.deps.store, identity).await {
+            Ok(()) => self.backoff.next_wait(rand::random()),
+            Err(error) => self.lost(&error),
+        }
+    }
+
     async fn dial(&self, identity: &Identity) -> Result<Connection, LinkError> {
-        let target = Target::from_link(&identity.link)?;
+        let target = identity.target()?;
         let shown = ClientIdentity {
             chain: identity.chain.clone(),
             key: identity.key.private_key(),
@@ -240,10 +243,6 @@ impl Task {
                 least
                     .max(retry_after)
                     .max(self.backoff.next_wait(rand::random()))
-            }
-            SessionEnd::Lanes(LaneError::Transport(ref error)) => {
-                self.told_expired = is_expired(error);
-                self.lost(&end)
             }
             SessionEnd::Lanes(_) | SessionEnd::Protocol(_) | SessionEnd::Store(_) => {
                 self.lost(&end)
