@@ -33,6 +33,7 @@ use crate::downstream;
 use crate::enroll::authority::Authority;
 use crate::enroll::cache::Enrolments;
 use crate::enroll::link::ensure_link;
+use crate::enroll::tokens::Tokens;
 use crate::enroll::{EnrollConfig, Enroller};
 use crate::hub::registry::Registry;
 use crate::hub::{Hub, HubDeps, Paces};
@@ -150,6 +151,10 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let mut tasks = Tasks::default();
     tasks.spawn("the API server's client", kube_task.run(rest_stop.clone()));
     tasks.spawn("the enrolments", enrolments_task.run(rest_stop.clone()));
+    tasks.spawn(
+        "the sweep of tokens",
+        Enroller::sweep_tokens(Tokens::build(&kube.own()), rest_stop.clone()),
+    );
     tasks.spawn("the Leases", claims_task.run(rest_stop.clone()));
     tasks.spawn("the Nodes", keeper_task.run(rest_stop.clone()));
     tasks.spawn("the tolerations", tolerations_task.run(rest_stop.clone()));

@@ -28,6 +28,7 @@ use tracing::{debug, info, warn};
 use crate::downstream::Downstream;
 use crate::enroll::Enroller;
 use crate::enroll::cache::Enrolments;
+use crate::enroll::record::Enrolment;
 use crate::kube::KubeClients;
 use crate::kube::epoch::begin_epoch;
 use crate::nodes::claim::Claims;
@@ -266,13 +267,16 @@ impl Hub {
 
     fn check_all(&self) {
         for entry in self.deps.registry.all() {
-            // The record of an enrolment that was ended stays.
-            let record = self.deps.enrolments.find(&entry.node);
-            if record.is_none_or(|r| !r.spec.is_active()) {
+            if has_ended(self.deps.enrolments.find(&entry.node).as_deref()) {
                 self.revoked(&entry.node);
             }
         }
     }
+}
+
+/// The record of an enrolment that was ended stays, and says so.
+fn has_ended(record: Option<&Enrolment>) -> bool {
+    record.is_none_or(|r| !r.spec.is_active())
 }
 
 async fn session(
@@ -295,5 +299,35 @@ async fn join(stream: JoinStream, deps: Arc<HubDeps>) {
     };
     if let Err(error) = stream.answer(&answer).await {
         info!(%peer, error = %chain(&error), "a device did not take its answer; it may ask again");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::enroll::record::EnrolmentSpec;
+
+    #[test]
+    fn a_session_ends_with_its_enrolment_also_while_the_record_stays() {
+        let mut record = Enrolment::new("a", EnrolmentSpec::default());
+        assert!(!has_ended(Some(&record)));
+        let now = jiff::Timestamp::UNIX_EPOCH;
+        record.spec.revoked = Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(now));
+        assert!(has_ended(Some(&record)));
+        assert!(has_ended(None));
+    }
+
+    #[test]
+    fn an_honest_device_meets_no_pace() {
+        let paces = Paces::default();
+        let (now, key) = (Instant::now(), KeyId([1; 32]));
+        let node = NodeName::parse("a").unwrap();
+        // A link that comes and goes within seconds; a full node that restarts.
+        assert!((0..8).all(|_| paces.sessions.take(key, now).is_ok()));
+        assert!((0..500).all(|_| paces.tokens.reserve(node.clone(), now).is_zero()));
+        assert!(paces.epochs.take(node.clone(), now).is_ok());
+        // And one that asks without end is held to a rate.
+        assert!(paces.sessions.take(key, now).is_err());
+        assert!(!paces.tokens.reserve(node, now).is_zero());
     }
 }

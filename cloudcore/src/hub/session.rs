@@ -575,3 +575,32 @@ pub fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     since.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kube::KubeError;
+
+    #[test]
+    fn only_who_is_known_to_be_unwanted_is_told_so() {
+        let node = || NodeName::parse("a").unwrap();
+        let unreadable = KubeError::Malformed {
+            what: "an answer".into(),
+            why: "it is none".into(),
+        };
+        for (refusal, reason) in [
+            (NotAllowed::NotEnrolled(node()), GoAwayReason::GoAwayRevoked),
+            (NotAllowed::Revoked(node()), GoAwayReason::GoAwayRevoked),
+            (NotAllowed::OtherKey(node()), GoAwayReason::GoAwayRevoked),
+            // An edge that is told that it is unwanted stays away for minutes.
+            (
+                NotAllowed::Unavailable(node(), unreadable),
+                GoAwayReason::GoAwayUnspecified,
+            ),
+        ] {
+            let go = refused(&refusal);
+            assert_eq!(go.reason(), reason, "{refusal}");
+            assert!(go.message.contains('a'));
+        }
+    }
+}
