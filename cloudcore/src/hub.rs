@@ -56,6 +56,9 @@ pub struct Paces {
     /// ServiceAccount tokens of a node, each a signature of the API server: a restart of a full
     /// node asks for some hundreds at once.
     pub tokens: Pace<NodeName>,
+    /// Events of a node, in all its sessions. Each Pod's are limited by themselves, but a node may
+    /// invent Pods and reasons without end, and each Event is a write.
+    pub events: Pace<NodeName>,
     /// Cluster epochs that one node's word begins. A restored cluster is found by whichever node
     /// comes first; a node that lies must not take the protection of the marks from all others
     /// again and again.
@@ -71,6 +74,7 @@ impl Default for Paces {
             refusals: Pace::new(1, Duration::from_secs(60)),
             renewals: Pace::new(4, Duration::from_secs(60)),
             tokens: Pace::new(500, Duration::from_millis(100)),
+            events: Pace::new(500, Duration::from_millis(200)),
             epochs: Pace::new(2, Duration::from_secs(1800)),
             warnings: Pace::new(10, Duration::from_secs(10)),
         }

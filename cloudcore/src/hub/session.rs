@@ -400,9 +400,14 @@ impl Actor<'_> {
                 self.report(key, sequence, bytes, gone);
             }
             CloudEvent::Events(events) => {
+                let (pace, now) = (&self.deps.paces.events, Instant::now());
+                let waits = events.iter().map(|_| pace.reserve(self.node.clone(), now));
+                let wait = waits.max().unwrap_or_default();
                 let done = self.upstream.events(events);
-                self.answers
-                    .push(Box::pin(async move { Answered::Events(done.await) }));
+                self.answers.push(Box::pin(async move {
+                    tokio::time::sleep(wait).await;
+                    Answered::Events(done.await)
+                }));
             }
             CloudEvent::Asked(request) => {
                 let answer = self.deps.answer(&self.upstream, self.entry, request);
