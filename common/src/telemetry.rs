@@ -9,11 +9,19 @@ pub fn start(filter: &str, json: bool) {
         .with_env_filter(filter)
         .with_writer(std::io::stderr);
     // A second start in one process (tests) keeps the first.
-    let _ = if json {
+    let started = if json {
         log.json().flatten_event(true).try_init()
     } else {
         log.with_ansi(false).try_init()
     };
+    if started.is_ok() {
+        // Wherever it happens, in a task, on a thread or on the way to an abort: it is in the log
+        // where everything else is looked for.
+        std::panic::set_hook(Box::new(|panic| {
+            let thread = std::thread::current();
+            tracing::error!(thread = thread.name(), "{panic}");
+        }));
+    }
 }
 
 /// An error and what caused it, on one line.

@@ -171,9 +171,6 @@ impl CloudView for View<'_> {
                     Content::Absent => None,
                 });
                 let (encoding, payload) = delta::encode(old.as_ref().map(|o| &o.1[..]), bytes);
-                if encoding == proto::Encoding::ZstdDelta {
-                    put.base = old.map(|o| o.0.0.to_vec()).unwrap_or_default();
-                }
                 put.set_encoding(encoding);
                 put.payload = payload;
                 put.size = bytes.len() as u32;

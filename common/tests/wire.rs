@@ -83,7 +83,6 @@ fn samples() -> Vec<(&'static str, Body)> {
                     proto::Put {
                         key: "ConfigMap/default/app".into(),
                         hash: vec![0x55; 16],
-                        base: vec![0x66; 16],
                         encoding: 3,
                         payload: vec![0x28, 0xb5],
                         size: 2048,
@@ -129,7 +128,6 @@ fn samples() -> Vec<(&'static str, Body)> {
                     key: "Pod/default/web/uid-1".into(),
                     sequence: 9,
                     hash: vec![0x99; 16],
-                    base: Vec::new(),
                     encoding: 2,
                     payload: vec![0x28, 0xb5],
                     size: 900,

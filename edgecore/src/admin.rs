@@ -2,7 +2,7 @@
 //! for a human with `socat`. Only root can open it.
 
 use std::io::{self, Read, Write};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -83,21 +83,36 @@ pub async fn run(path: PathBuf, shown: Shown, shutdown: CancellationToken) {
             () = shutdown.cancelled() => break,
             accepted = listener.accept() => accepted,
         };
-        if let Ok((mut stream, _)) = stream {
-            let text = shown.document().to_string();
-            // A reader that went away, or does not read, costs a second.
-            let _ = tokio::time::timeout(Duration::from_secs(1), stream.write_all(text.as_bytes()))
-                .await;
+        match stream {
+            Ok((mut stream, _)) => {
+                let text = shown.document().to_string();
+                // A reader that went away, or does not read, costs a second.
+                let written = stream.write_all(text.as_bytes());
+                let _ = tokio::time::timeout(Duration::from_secs(1), written).await;
+            }
+            Err(error) => {
+                // No descriptor is free, most likely: asking at once again would only spin.
+                warn!(%error, "the admin socket takes nobody for a moment");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
         }
     }
     // The next start removes it as well.
     let _ = std::fs::remove_file(&path);
 }
 
+/// Takes the place of a socket that nobody listens on any more, and of nothing else.
 fn bind(path: &Path) -> io::Result<UnixListener> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        Ok(()) | Err(_) => {}
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => {
+            return Err(io::Error::other("there is a file that is not a socket"));
+        }
+        Ok(_) if UnixStream::connect(path).is_ok() => {
+            return Err(io::Error::other("another process listens there"));
+        }
+        Ok(_) => std::fs::remove_file(path)?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
     }
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
@@ -121,4 +136,26 @@ pub fn print_status(socket: &Path) -> io::Result<()> {
     let pretty = serde_json::to_string_pretty(&document).map_err(io::Error::other)?;
     io::stdout().write_all(pretty.as_bytes())?;
     io::stdout().write_all(b"\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn only_a_socket_that_nobody_uses_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("admin.sock");
+        let first = bind(&path).unwrap();
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let refused = bind(&path).unwrap_err().to_string();
+        assert!(refused.contains("another process"), "{refused}");
+        drop(first);
+        bind(&path).unwrap();
+        let file = dir.path().join("passwd");
+        std::fs::write(&file, "root").unwrap();
+        assert!(bind(&file).is_err());
+        assert_eq!(std::fs::read(&file).unwrap(), b"root");
+    }
 }

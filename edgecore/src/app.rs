@@ -222,6 +222,7 @@ async fn assemble(
         pod_cidr: config.pod_cidr.clone(),
         cni_config_dir: config.cni_config_dir.clone(),
         cni_bin_dir: config.cni_bin_dir.clone(),
+        bridge: config.bridge.clone(),
         from_cloud: from_cloud.subscribe(),
         environment: environment.subscribe(),
     });

@@ -7,6 +7,7 @@ use common::hub::dial::Preference;
 use serde::Deserialize;
 
 use crate::cli::RunArgs;
+use crate::pods::network::{NetworkError, Range};
 
 /// The file's keys, one for each flag and a few that have none.
 #[derive(Debug, Default, Deserialize)]
@@ -23,8 +24,12 @@ pub struct File {
     pub log_json: Option<bool>,
     /// The range of this node's Pods, CIDR.
     pub pod_cidr: Option<String>,
+    /// Where a CNI configuration is looked for and written. Two edgecores on one device need two
+    /// directories, each that of its own container runtime, and two bridges.
     pub cni_config_dir: Option<PathBuf>,
     pub cni_bin_dir: Option<PathBuf>,
+    /// The bridge of this node's Pods.
+    pub bridge: Option<String>,
     /// Seconds of silence after which the link counts as dead.
     pub dead_after_seconds: Option<u64>,
     /// Where the runtime writes container logs.
@@ -47,6 +52,7 @@ pub struct Config {
     pub pod_cidr: Option<String>,
     pub cni_config_dir: PathBuf,
     pub cni_bin_dir: Option<PathBuf>,
+    pub bridge: String,
     pub dead_after: Duration,
     pub pod_logs_dir: PathBuf,
 }
@@ -59,6 +65,12 @@ pub enum ConfigError {
     Cri(String),
     #[error("--transport {0:?} is not one of auto, quic, websocket")]
     Transport(String),
+    #[error("podCidr: {0}")]
+    PodCidr(#[source] NetworkError),
+    #[error(
+        "bridge {0:?} cannot be the name of an interface: 1 to 15 letters, digits, '-', '_' or '.'"
+    )]
+    Bridge(String),
     #[error("deadAfterSeconds is {0}; it must be between 5 and 3600")]
     DeadAfter(u64),
 }
@@ -88,6 +100,13 @@ impl Config {
         if !(5..=3600).contains(&dead_after) {
             return Err(ConfigError::DeadAfter(dead_after));
         }
+        if let Some(text) = &file.pod_cidr {
+            text.parse::<Range>().map_err(ConfigError::PodCidr)?;
+        }
+        let bridge = file.bridge.unwrap_or_else(|| "edge0".to_owned());
+        if !is_interface(&bridge) {
+            return Err(ConfigError::Bridge(bridge));
+        }
         Ok(Self {
             join: args.join.or(file.join),
             token: args.token.or(file.token),
@@ -105,11 +124,17 @@ impl Config {
                 .cni_config_dir
                 .unwrap_or_else(|| "/etc/cni/net.d".into()),
             cni_bin_dir: file.cni_bin_dir,
+            bridge,
             dead_after: Duration::from_secs(dead_after),
             pod_logs_dir: file.pod_logs_dir.unwrap_or_else(|| "/var/log/pods".into()),
             data_dir,
         })
     }
+}
+
+fn is_interface(name: &str) -> bool {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
+    (1..=15).contains(&name.len()) && name.bytes().all(plain) && name != "." && name != ".."
 }
 
 fn endpoint(text: String) -> Result<String, ConfigError> {
@@ -163,6 +188,28 @@ mod tests {
             ..Default::default()
         };
         assert!(bad(cri).contains("is not a Unix socket"));
+        let dir = tempfile::tempdir().unwrap();
+        let file = |text: &str| {
+            let path = dir.path().join("edge.yaml");
+            std::fs::write(&path, text).unwrap();
+            RunArgs {
+                config: Some(path),
+                ..Default::default()
+            }
+        };
+        for (text, complaint) in [
+            ("podCidr: 10.0.0.0", "podCidr"),
+            ("bridge: a-name-that-is-too-long", "1 to 15"),
+            ("bridge: ../x", "1 to 15"),
+            ("deadAfterSeconds: 1", "between 5 and 3600"),
+        ] {
+            let said = bad(file(text));
+            assert!(said.contains(complaint), "{text}: {said}");
+        }
+        assert_eq!(
+            Config::resolve(file("bridge: edge1")).unwrap().bridge,
+            "edge1"
+        );
         let transport = RunArgs {
             transport: Some("pigeon".into()),
             ..Default::default()

@@ -16,10 +16,10 @@ pub mod tokens;
 use std::time::Duration;
 
 use common::backoff::Backoff;
-use common::hub::dial::{self, DialError, DialOptions, Preference, Target};
+use common::hub::dial::{self, DialError, DialOptions, Preference};
 use common::hub::proto::{self, GoAwayReason};
 use common::hub::tls::ClientIdentity;
-use common::hub::transport::{Connection, LinkConfig, TransportKind};
+use common::hub::transport::{Connection, LinkConfig, Refusal, TransportError, TransportKind};
 use common::telemetry::chain;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -52,6 +52,18 @@ enum LinkError {
     Link(#[from] common::pki::PkiError),
     #[error(transparent)]
     Dial(#[from] DialError),
+}
+
+impl LinkError {
+    fn expired(&self) -> bool {
+        match self {
+            LinkError::Link(_) => false,
+            LinkError::Dial(error) => matches!(
+                error.most_telling(),
+                Some(TransportError::Refused(Refusal::Expired))
+            ),
+        }
+    }
 }
 
 /// Keep-alives that notice a dead link in time: two fit into the deadline.
@@ -120,14 +132,11 @@ impl Task {
             Err(error) => return self.lost(&error),
         };
         if identity.expired(&self.deps.store) {
-            info!(node = %identity.node, "the certificate has run out; asking for another");
-            if let Err(error) = join::again(&self.deps.store, &identity).await {
-                return self.lost(&error);
-            }
-            return Duration::ZERO;
+            return self.replace_certificate(&identity).await;
         }
         let connection = match self.dial(&identity).await {
             Ok(connection) => connection,
+            Err(error) if error.expired() => return self.replace_certificate(&identity).await,
             Err(error) => return self.lost(&error),
         };
         info!(transport = %connection.kind(), remote = %connection.remote_address(), "connected");
@@ -139,6 +148,7 @@ impl Task {
         };
         let deps = SessionDeps {
             store: &self.deps.store,
+            identity: &identity,
             state,
             asks: &mut self.deps.asks,
             connected: &self.deps.connected,
@@ -150,11 +160,25 @@ impl Task {
         if proved {
             self.backoff.reset();
         }
+        // With TLS 1.3 the cloud judges the certificate after this end is connected.
+        if end.expired() {
+            return self.replace_certificate(&identity).await;
+        }
         self.ended(end)
     }
 
+    /// Gives the wait before the next dial: never none, or a device whose clock is wrong would ask
+    /// for certificates without end.
+    async fn replace_certificate(&mut self, identity: &Identity) -> Duration {
+        info!(node = %identity.node, "the certificate has run out; asking for another");
+        match join::again(&self.deps.store, identity).await {
+            Ok(()) => self.backoff.next_wait(rand::random()),
+            Err(error) => self.lost(&error),
+        }
+    }
+
     async fn dial(&self, identity: &Identity) -> Result<Connection, LinkError> {
-        let target = Target::from_link(&identity.link)?;
+        let target = identity.target()?;
         let shown = ClientIdentity {
             chain: identity.chain.clone(),
             key: identity.key.private_key(),

@@ -8,7 +8,8 @@ use common::hub::transport::TransportError;
 use common::ids::{NameError, NodeName};
 use common::pki::token::Endpoint;
 use common::pki::{JoinToken, PkiError, TokenError};
-use tracing::info;
+use common::telemetry::chain;
+use tracing::{info, warn};
 
 use crate::hub::identity::{self, IdentityError};
 use crate::store::Store;
@@ -32,6 +33,10 @@ pub enum JoinError {
     HostName(String),
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    #[error(
+        "--name {asked} was given, but the data directory belongs to node {is}: give it another --data-dir"
+    )]
+    OtherNode { asked: NodeName, is: NodeName },
     #[error("this device has not joined")]
     Dial(#[from] DialError),
     #[error("the link record of this device is damaged; join again with a new token")]
@@ -41,12 +46,32 @@ pub enum JoinError {
 }
 
 impl JoinError {
+    /// Whether the same try may succeed later: the cloud was not there, or could not decide.
+    fn may_pass(&self) -> bool {
+        match self {
+            JoinError::Dial(_) => true,
+            JoinError::Refused { code, .. } => *code == RefusalCode::RefusalUnavailable,
+            JoinError::NeverJoined
+            | JoinError::Address(_)
+            | JoinError::NoToken
+            | JoinError::Token(_)
+            | JoinError::Name(_)
+            | JoinError::HostName(_)
+            | JoinError::Identity(_)
+            | JoinError::OtherNode { .. }
+            | JoinError::Link(_) => false,
+        }
+    }
+
     /// What the process exits with, so that scripts can tell the refusals apart. The table is in
     /// `docs/operations/join.md`.
     pub fn exit_code(&self) -> u8 {
         match self {
             JoinError::NeverJoined | JoinError::NoToken => 2,
-            JoinError::Address(_) | JoinError::Name(_) | JoinError::HostName(_) => 3,
+            JoinError::Address(_)
+            | JoinError::Name(_)
+            | JoinError::HostName(_)
+            | JoinError::OtherNode { .. } => 3,
             JoinError::Token(_) => 4,
             JoinError::Identity(_) | JoinError::Link(_) => 5,
             JoinError::Dial(error) => match error.most_telling() {
@@ -81,12 +106,28 @@ pub async fn ensure(store: &Store, join: Option<Join<'_>>) -> Result<(), JoinErr
     if joined.is_some() && identity::joined_with(store)?.as_deref() == Some(&token.id) {
         return Ok(());
     }
-    let name = match (join.name, &joined) {
-        (Some(name), _) => NodeName::parse(name)?,
+    let asked = join.name.map(NodeName::parse).transpose()?;
+    let name = match (asked, &joined) {
+        // What the data directory holds is the first node's: its Pods must not become another's.
+        (Some(asked), Some(joined)) if asked != joined.node => {
+            let is = joined.node.clone();
+            return Err(JoinError::OtherNode { asked, is });
+        }
+        (Some(name), _) => name,
         (None, Some(joined)) => joined.node.clone(),
         (None, None) => host_name()?,
     };
-    enrol(store, join.address, token, &name).await
+    match (enrol(store, join.address, token, &name).await, joined) {
+        // The token may be meant to mend an enrolment that has ended. Pods never wait for that.
+        (Err(error), Some(joined)) if error.may_pass() => {
+            warn!(
+                error = %chain(&error), node = %joined.node,
+                "the new token was not used; this device goes on with what it has"
+            );
+            Ok(())
+        }
+        (result, _) => result,
+    }
 }
 
 async fn enrol(
@@ -97,6 +138,7 @@ async fn enrol(
 ) -> Result<(), JoinError> {
     // The address given is tried first; the token may know others.
     token.endpoints.insert(0, endpoint(address)?);
+    let found = token.endpoints[0].to_proto();
     let key = identity::ensure_key(store)?;
     let request = proto::JoinRequest {
         version: common::hub::PROTOCOL_VERSION,
@@ -112,7 +154,7 @@ async fn enrol(
     // A device without a clock can join: chain, pin and name decide alone.
     let options = DialOptions::new(Clock::Unsynchronised(None));
     let joined = take(ask(&Target::from_token(&token), &request, &options).await?)?;
-    identity::keep_joined(store, Some(&token.id), &joined)?;
+    identity::keep_joined(store, Some(&token.id), Some(&found), &joined)?;
     info!(node = joined.node_name, "this device has joined");
     Ok(())
 }
@@ -134,10 +176,15 @@ pub async fn again(store: &Store, identity: &identity::Identity) -> Result<(), J
             .unwrap_or_default(),
         ..Default::default()
     };
-    let target = Target::from_link(&identity.link).map_err(JoinError::Link)?;
+    let target = identity.target().map_err(JoinError::Link)?;
     let options = DialOptions::new(identity::dial_clock(store));
     let joined = take(ask(&target, &request, &options).await?)?;
-    identity::keep_joined(store, None, &joined)?;
+    let store = store.clone();
+    let kept = move || identity::keep_joined(&store, None, None, &joined);
+    match tokio::task::spawn_blocking(kept).await {
+        Ok(kept) => kept?,
+        Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+    }
     info!("the expired certificate was replaced");
     Ok(())
 }
@@ -179,5 +226,23 @@ pub fn go_arch() -> &'static str {
         "x86" => "386",
         "powerpc64" => "ppc64le",
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_is_final_and_an_absent_cloud_is_not() {
+        let refused = |code| JoinError::Refused {
+            code,
+            message: String::new(),
+        };
+        assert!(JoinError::Dial(DialError::NoEndpoint).may_pass());
+        assert!(refused(RefusalCode::RefusalUnavailable).may_pass());
+        assert!(!refused(RefusalCode::RefusalTokenUsed).may_pass());
+        assert_eq!(refused(RefusalCode::RefusalTokenUsed).exit_code(), 23);
+        assert!(!JoinError::NoToken.may_pass());
     }
 }

@@ -70,9 +70,6 @@ impl CloudView for SessionView<'_> {
         };
         let (number, payload) = packed.split_first()?;
         put.encoding = i32::from(*number);
-        if put.encoding() == proto::Encoding::ZstdDelta {
-            put.base = base.map(|b| b.0.to_vec()).unwrap_or_default();
-        }
         put.payload = payload.to_vec();
         put.size = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
         Some(put)

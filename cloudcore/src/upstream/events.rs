@@ -77,9 +77,20 @@ fn cut(text: &str, most: usize) -> &str {
 struct Remembered {
     name: String,
     count: u64,
+    /// How many of `count` the edge has told since `first_ms`: its own count is since then.
+    since_first: (i64, u64),
     /// (sequence, last_ms) of what was counted last: the same again is the same.
     last: (u64, i64),
     at: Moment,
+}
+
+impl Remembered {
+    /// The count with this Event in it.
+    fn counted(&self, event: &Event) -> u64 {
+        let (first_ms, known) = self.since_first;
+        let known = if first_ms == event.first_ms { known } else { 0 };
+        self.count + u64::from(event.count.max(1)).saturating_sub(known)
+    }
 }
 
 struct Budget {
@@ -201,7 +212,7 @@ impl Correlator {
         {
             Some(old) => {
                 let body = json!({
-                    "count": old.count + u64::from(event.count.max(1)),
+                    "count": old.counted(event),
                     "lastTimestamp": time(event.last_ms, clock),
                     "message": message,
                 });
@@ -223,10 +234,12 @@ impl Correlator {
     pub(super) fn written(&mut self, slot: Hash, name: String, event: &Event, now: Moment) {
         evict(&mut self.remembered, REMEMBERED, &slot, |r| r.at);
         let count = u64::from(event.count.max(1));
+        let since_first = (event.first_ms, count);
         let last = (event.sequence, event.last_ms);
         match self.remembered.get_mut(&slot).filter(|r| r.name == name) {
             Some(old) => {
-                old.count += count;
+                old.count = old.counted(event);
+                old.since_first = since_first;
                 old.last = last;
                 old.at = now;
             }
@@ -236,6 +249,7 @@ impl Correlator {
                     Remembered {
                         name,
                         count,
+                        since_first,
                         last,
                         at: now,
                     },
@@ -589,6 +603,34 @@ mod tests {
             "create",
             "the API has forgotten it"
         );
+    }
+
+    /// An edge merges an Event into one that waits for its acknowledgement, also when that was
+    /// sent: the same occurrences come again in the greater count.
+    #[test]
+    fn what_an_edge_counts_again_is_counted_once() {
+        let mut c = Correlator::default();
+        let told = |sequence, count, first_ms| Event {
+            count,
+            first_ms,
+            last_ms: first_ms + i64::try_from(sequence).unwrap(),
+            ..event(sequence, "m")
+        };
+        for (event, want) in [
+            (told(1, 1, 1_700_000_000_000), None),
+            (told(2, 2, 1_700_000_000_000), Some(2)),
+            (told(3, 5, 1_700_000_000_000), Some(5)),
+            // Acknowledged in between: the edge counts anew.
+            (told(4, 1, 1_700_000_100_000), Some(6)),
+            (told(5, 3, 1_700_000_100_000), Some(8)),
+        ] {
+            let count = match plan(&mut c, &event, at(1)) {
+                Plan::Count { body, .. } => body["count"].as_u64(),
+                Plan::Create { .. } | Plan::Drop | Plan::Counted => None,
+            };
+            assert_eq!(count, want, "{event:?}");
+            write(&mut c, &event, at(1));
+        }
     }
 
     #[test]

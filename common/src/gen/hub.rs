@@ -246,9 +246,6 @@ pub struct Put {
     /// The hash of the content; the receiver checks it after decoding.
     #[prost(bytes = "vec", tag = "2")]
     pub hash: ::prost::alloc::vec::Vec<u8>,
-    /// The hash of the content that a delta starts from.
-    #[prost(bytes = "vec", tag = "3")]
-    pub base: ::prost::alloc::vec::Vec<u8>,
     #[prost(enumeration = "Encoding", tag = "4")]
     pub encoding: i32,
     #[prost(bytes = "vec", tag = "5")]
@@ -264,6 +261,7 @@ pub struct Put {
 pub struct Batch {
     #[prost(uint64, tag = "1")]
     pub sequence: u64,
+    /// Empty: the epoch that the edge acknowledged last, and marks says only what rose since.
     #[prost(bytes = "vec", tag = "2")]
     pub epoch: ::prost::alloc::vec::Vec<u8>,
     #[prost(message, repeated, tag = "3")]
@@ -282,7 +280,7 @@ pub struct BatchAck {
     pub sequence: u64,
     #[prost(enumeration = "BatchOutcome", tag = "2")]
     pub outcome: i32,
-    /// The set after the commit.
+    /// The set after the commit; left out when it is the one that the batch called complete.
     #[prost(message, optional, tag = "3")]
     pub desired: ::core::option::Option<SetDigest>,
     /// Puts that were not applied: base unknown, hash wrong, or undecodable. Sent again in full.
@@ -314,8 +312,6 @@ pub struct Report {
     pub sequence: u64,
     #[prost(bytes = "vec", tag = "3")]
     pub hash: ::prost::alloc::vec::Vec<u8>,
-    #[prost(bytes = "vec", tag = "4")]
-    pub base: ::prost::alloc::vec::Vec<u8>,
     #[prost(enumeration = "Encoding", tag = "5")]
     pub encoding: i32,
     #[prost(bytes = "vec", tag = "6")]
@@ -364,6 +360,8 @@ pub struct Event {
     pub reason: ::prost::alloc::string::String,
     #[prost(string, tag = "6")]
     pub message: ::prost::alloc::string::String,
+    /// How often since first_ms: a later Event of the same first_ms replaces the count, one of
+    /// another first_ms adds to it.
     #[prost(uint32, tag = "7")]
     pub count: u32,
     #[prost(int64, tag = "8")]

@@ -4,6 +4,7 @@
 //! call a deadline and every answer a size limit. Never retries: what failed is seen again by the
 //! next look at the runtime.
 
+use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -53,7 +54,13 @@ impl Client {
         let path = PathBuf::from(path);
         let connect = tower::service_fn(move |_| {
             let path = path.clone();
-            async move { UnixStream::connect(path).await.map(TokioIo::new) }
+            async move {
+                let connected = UnixStream::connect(&path).await.map(TokioIo::new);
+                connected.map_err(|e| {
+                    let text = format!("cannot connect to {}: {e}", path.display());
+                    io::Error::new(e.kind(), text)
+                })
+            }
         });
         // The authority only fills a header: the connector knows where to go.
         let channel =
@@ -80,14 +87,31 @@ fn error(call: &'static str, status: &Status) -> CriError {
         _ => Failure::Refused,
     };
     let message = match failure {
-        Failure::Unavailable => "the container runtime does not answer on its socket".to_owned(),
-        _ => status.message().chars().take(4096).collect(),
+        Failure::Unavailable => {
+            let why = io_error(status).map_or(String::new(), |e| format!(": {e}"));
+            format!("the container runtime does not answer on its socket{why}")
+        }
+        Failure::NotFound | Failure::Unimplemented | Failure::Deadline | Failure::Refused => {
+            status.message().chars().take(4096).collect()
+        }
     };
     CriError {
         call,
         failure,
         message,
     }
+}
+
+/// What the socket said, under the layers of the transport.
+fn io_error(status: &Status) -> Option<&io::Error> {
+    let mut next = std::error::Error::source(status);
+    while let Some(error) = next {
+        if let Some(found) = error.downcast_ref() {
+            return Some(found);
+        }
+        next = error.source();
+    }
+    None
 }
 
 async fn call<T>(

@@ -20,6 +20,9 @@ use crate::pods::volumes::{Propagation, VolumeMountPlan};
 pub const POD_NAME: &str = "io.kubernetes.pod.name";
 pub const POD_NAMESPACE: &str = "io.kubernetes.pod.namespace";
 pub const POD_UID: &str = "io.kubernetes.pod.uid";
+/// Ours: the node that made it. A runtime may be shared with an agent of somebody else's, whose
+/// Pods are none of ours.
+pub const NODE: &str = "edgecore.node";
 pub const CONTAINER_NAME: &str = "io.kubernetes.container.name";
 
 pub const HASH: &str = "io.kubernetes.container.hash";
@@ -63,9 +66,10 @@ pub fn container_hash(container: &Container) -> String {
     format!("{hash:x}")
 }
 
-fn labels(pod: &Pod) -> HashMap<String, String> {
+fn labels(pod: &Pod, node: &str) -> HashMap<String, String> {
     let (namespace, name, uid) = identity(pod);
     HashMap::from([
+        (NODE.to_owned(), node.to_owned()),
         (POD_NAME.to_owned(), name.to_owned()),
         (POD_NAMESPACE.to_owned(), namespace.to_owned()),
         (POD_UID.to_owned(), uid.to_owned()),
@@ -75,6 +79,7 @@ fn labels(pod: &Pod) -> HashMap<String, String> {
 /// What a sandbox is made from.
 pub struct SandboxInput<'a> {
     pub pod: &'a Pod,
+    pub node: &'a str,
     pub attempt: u32,
     pub hostname: &'a Hostname,
     pub dns: DnsPlan,
@@ -92,7 +97,7 @@ pub fn sandbox_config(input: SandboxInput<'_>) -> api::PodSandboxConfig {
         .unwrap_or_default()
         .into_iter()
         .collect();
-    all_labels.extend(labels(input.pod));
+    all_labels.extend(labels(input.pod, input.node));
     let annotations = meta.annotations.clone().unwrap_or_default();
     let host_network = input.security.network == Namespace::Node;
     api::PodSandboxConfig {
@@ -229,6 +234,7 @@ fn sandbox_security(s: &SandboxSecurity) -> api::LinuxSandboxSecurityContext {
 /// What a container is made from.
 pub struct ContainerInput<'a> {
     pub pod: &'a Pod,
+    pub node: &'a str,
     pub container: &'a Container,
     pub attempt: u32,
     /// What the runtime calls the image.
@@ -246,7 +252,7 @@ pub struct ContainerInput<'a> {
 
 pub fn container_config(input: ContainerInput<'_>) -> api::ContainerConfig {
     let c = input.container;
-    let mut all_labels = labels(input.pod);
+    let mut all_labels = labels(input.pod, input.node);
     all_labels.insert(CONTAINER_NAME.to_owned(), c.name.clone());
     let mut namespace_options = namespaces(input.sandbox_security);
     if let Some(target) = input.target {

@@ -6,9 +6,11 @@
 
 use std::time::Duration;
 
+use common::hub::dial::Target;
 use common::hub::proto;
 use common::hub::tls::Clock;
 use common::ids::NodeName;
+use common::pki::token::Endpoint;
 use common::pki::{NodeIdentity, NodeKey, PkiError, Validity, rotation_due};
 use common::telemetry::chain;
 use prost::Message as _;
@@ -17,7 +19,7 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::clock;
-use super::session::kept;
+use super::session::{blocking, kept};
 use crate::store::{Store, StoreError};
 
 mod names {
@@ -27,7 +29,12 @@ mod names {
     pub(super) const TOKEN: &str = "identity.token";
     pub(super) const NEXT_KEY: &str = "identity.next-key";
     pub(super) const TIME: &str = "identity.authenticated-ms";
+    pub(super) const BEFORE: &str = "identity.endpoints-before";
 }
+
+/// Former endpoints that are still tried, the latest first: a load balancer or two, and where the
+/// device once joined.
+const MOST_BEFORE: usize = 4;
 
 /// After a failed renewal: there are weeks left.
 const RENEW_AGAIN: Duration = Duration::from_secs(600);
@@ -62,6 +69,9 @@ pub struct Identity {
     pub chain: Vec<CertificateDer<'static>>,
     pub says: NodeIdentity,
     pub link: proto::Link,
+    /// Where the cloud was found before this link, tried behind the link's own: a link with a
+    /// mistyped endpoint must not cut a device off for ever.
+    pub before: Vec<proto::Endpoint>,
 }
 
 impl Identity {
@@ -90,7 +100,20 @@ impl Identity {
             chain: chain.into_iter().map(CertificateDer::from).collect(),
             says,
             link,
+            before: endpoints_before(store)?,
         }))
+    }
+
+    /// Where to dial: the link's endpoints, then the former ones.
+    pub fn target(&self) -> Result<Target, PkiError> {
+        let mut target = Target::from_link(&self.link)?;
+        for endpoint in self.before.iter().filter_map(Endpoint::from_proto) {
+            let known = |e: &Endpoint| (&e.host, e.port) == (&endpoint.host, endpoint.port);
+            if !target.endpoints.iter().any(known) {
+                target.endpoints.push(endpoint);
+            }
+        }
+        Ok(target)
     }
 
     /// Whether the certificate has run out, as far as this device can tell the time.
@@ -116,10 +139,58 @@ pub fn joined_with(store: &Store) -> Result<Option<String>, IdentityError> {
     Ok(id.map(|id| String::from_utf8_lossy(&id).into_owned()))
 }
 
-/// The cloud let this device in: all of it in one commit.
+fn endpoints_before(store: &Store) -> Result<Vec<proto::Endpoint>, IdentityError> {
+    let kept = store.meta().get(names::BEFORE)?.unwrap_or_default();
+    let kept = proto::Link::decode(&kept[..]).map_err(|e| damaged("link record")(e.into()))?;
+    Ok(kept.endpoints)
+}
+
+/// What to keep of former endpoints when `latest` are replaced.
+fn remember(latest: &[proto::Endpoint], before: &[proto::Endpoint]) -> Vec<u8> {
+    let mut endpoints: Vec<proto::Endpoint> = Vec::new();
+    for endpoint in latest.iter().chain(before) {
+        if !endpoints.contains(endpoint) && endpoints.len() < MOST_BEFORE {
+            endpoints.push(endpoint.clone());
+        }
+    }
+    let list = proto::Link {
+        endpoints,
+        ..Default::default()
+    };
+    list.encode_to_vec()
+}
+
+/// The records that a new link becomes; nothing where the device could not find or believe its
+/// cloud by it.
+pub fn new_link(
+    link: &proto::Link,
+    old: &Identity,
+) -> Result<Vec<(&'static str, Vec<u8>)>, PkiError> {
+    let target = Target::from_link(link)?;
+    let why = if target.cluster != old.says.cluster {
+        Some("it is of another cluster")
+    } else if target.endpoints.is_empty() {
+        Some("it names no endpoint")
+    } else if link.roots.is_empty() {
+        Some("it has no trust anchor")
+    } else {
+        None
+    };
+    if let Some(why) = why {
+        let (what, why) = ("the link", why.to_owned());
+        return Err(PkiError::Malformed { what, why });
+    }
+    Ok(vec![
+        (kept::LINK, link.encode_to_vec()),
+        (names::BEFORE, remember(&old.link.endpoints, &old.before)),
+    ])
+}
+
+/// The cloud let this device in: all of it in one commit. `found` is where it was found.
 pub fn keep_joined(
     store: &Store,
     token: Option<&str>,
+    found: Option<&proto::Endpoint>,
     joined: &proto::Joined,
 ) -> Result<(), IdentityError> {
     let chain = proto::RenewGiven {
@@ -137,14 +208,16 @@ pub fn keep_joined(
     if let Some(token) = token {
         values.push((names::TOKEN, token.as_bytes()));
     }
+    let before = found.map(|found| remember(std::slice::from_ref(found), &[]));
+    if let Some(before) = &before {
+        values.push((names::BEFORE, before));
+    }
     Ok(store.meta().put_all(&values)?)
 }
 
-/// The cloud's clock was seen over an authenticated session.
-pub fn keep_time(store: &Store, now_ms: u64) {
-    if let Err(error) = store.meta().put(names::TIME, &now_ms.to_be_bytes()) {
-        warn!(error = %chain(&error), "the cloud's time could not be kept");
-    }
+/// The record of the cloud's clock, as an authenticated session showed it.
+pub fn time_record(now_ms: u64) -> (&'static str, Vec<u8>) {
+    (names::TIME, now_ms.to_be_bytes().to_vec())
 }
 
 /// The last time that the cloud told, milliseconds since 1970; 0 when it never did.
@@ -209,30 +282,19 @@ impl Renewal {
                 continue;
             }
             self.not_before = Instant::now() + RENEW_AGAIN;
-            match self.request() {
-                Ok(csr) => return proto::RenewAsk { csr },
-                Err(error) => {
+            let store = self.store.clone();
+            match tokio::task::spawn_blocking(move || request(&store)).await {
+                Ok(Ok(csr)) => return proto::RenewAsk { csr },
+                Ok(Err(error)) => {
                     warn!(error = %chain(&error), "the certificate could not be renewed");
                 }
+                Err(error) => warn!(%error, "the certificate could not be renewed"),
             }
         }
     }
 
-    fn request(&self) -> Result<Vec<u8>, IdentityError> {
-        let meta = self.store.meta();
-        let key = match meta.get(names::NEXT_KEY)? {
-            Some(key) => NodeKey::from_pkcs8(&key)?,
-            None => {
-                let key = NodeKey::generate()?;
-                meta.put(names::NEXT_KEY, &key.to_pkcs8())?;
-                key
-            }
-        };
-        Ok(key.request()?)
-    }
-
     /// Takes the answer; true when a new certificate is in force.
-    pub fn answered(&mut self, response: proto::Response) -> Result<bool, StoreError> {
+    pub async fn answered(&mut self, response: proto::Response) -> Result<bool, StoreError> {
         let given = match response.body {
             Some(proto::response::Body::Renew(given)) => given,
             Some(proto::response::Body::Failure(failure)) => {
@@ -258,9 +320,144 @@ impl Renewal {
             warn!("the cloud's new certificate is not for this device's key; it is not used");
             return Ok(false);
         }
-        meta.put_all(&[(names::KEY, &key), (names::CHAIN, &given.encode_to_vec())])?;
-        meta.remove(names::NEXT_KEY)?;
+        blocking(move || {
+            let chain = given.encode_to_vec();
+            meta.replace(
+                &[(names::KEY, &key), (names::CHAIN, &chain)],
+                &[names::NEXT_KEY],
+            )
+        })
+        .await?;
         info!("the certificate was renewed");
         Ok(true)
+    }
+}
+
+/// The request for a new certificate; its key is committed before it is asked for. Waits for the
+/// disk.
+fn request(store: &Store) -> Result<Vec<u8>, IdentityError> {
+    let meta = store.meta();
+    let key = match meta.get(names::NEXT_KEY)? {
+        Some(key) => NodeKey::from_pkcs8(&key)?,
+        None => {
+            let key = NodeKey::generate()?;
+            meta.put(names::NEXT_KEY, &key.to_pkcs8())?;
+            key
+        }
+    };
+    Ok(key.request()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use common::hub::tls::Clock;
+    use common::pki::ClusterId;
+    use common::pki::ca::Ca;
+
+    fn endpoint(host: &str) -> proto::Endpoint {
+        proto::Endpoint {
+            host: host.into(),
+            port: 10000,
+            transports: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn former_endpoints_are_few_and_the_latest_come_first() {
+        let hosts = |bytes: Vec<u8>| -> Vec<String> {
+            let list = proto::Link::decode(&bytes[..]).unwrap();
+            list.endpoints.into_iter().map(|e| e.host).collect()
+        };
+        let before = ["b", "c", "d", "e"].map(endpoint);
+        assert_eq!(
+            hosts(remember(&[endpoint("a")], &before)),
+            ["a", "b", "c", "d"]
+        );
+        assert_eq!(
+            hosts(remember(&[endpoint("c")], &before)),
+            ["c", "b", "d", "e"]
+        );
+        assert_eq!(hosts(remember(&[endpoint("a")], &[])), ["a"]);
+    }
+
+    fn joined(store: &Store) -> Identity {
+        let cluster = ClusterId::parse("c1").unwrap();
+        let year = Duration::from_secs(365 * 24 * 3600);
+        let validity = Validity::starting(UnixTime::now(), year);
+        let ca = Ca::generate(&cluster, validity).unwrap();
+        let csr = ensure_key(store).unwrap().request().unwrap();
+        let name = NodeName::parse("edge-1").unwrap();
+        let chain = ca.sign_node_csr(&csr, &name, &cluster, validity).unwrap();
+        let answer = proto::Joined {
+            node_name: name.to_string(),
+            chain: chain.iter().map(|c| c.to_vec()).collect(),
+            link: Some(proto::Link {
+                version: 1,
+                roots: vec![ca.certificate().to_vec()],
+                endpoints: vec![endpoint("advertised")],
+                cluster_id: cluster.to_string(),
+            }),
+            now_ms: 1,
+        };
+        keep_joined(store, Some("t"), Some(&endpoint("found")), &answer).unwrap();
+        Identity::load(store).unwrap().unwrap()
+    }
+
+    fn hosts(identity: &Identity) -> Vec<String> {
+        let target = identity.target().unwrap();
+        target.endpoints.into_iter().map(|e| e.host).collect()
+    }
+
+    #[test]
+    fn a_device_tries_where_its_cloud_once_was_behind_where_it_says_it_is() {
+        let store = Store::in_memory();
+        let old = joined(&store);
+        assert_eq!(hosts(&old), ["advertised", "found"]);
+        let link = proto::Link {
+            version: 2,
+            endpoints: vec![endpoint("mistyped")],
+            ..old.link.clone()
+        };
+        let records = new_link(&link, &old).unwrap();
+        let records: Vec<(&str, &[u8])> = records.iter().map(|(n, v)| (*n, &v[..])).collect();
+        store.meta().put_all(&records).unwrap();
+        let new = Identity::load(&store).unwrap().unwrap();
+        assert_eq!(new.link.version, 2);
+        assert_eq!(hosts(&new), ["mistyped", "advertised", "found"]);
+    }
+
+    #[test]
+    fn a_link_by_which_no_cloud_can_be_found_is_not_taken() {
+        let store = Store::in_memory();
+        let old = joined(&store);
+        let link = |change: fn(&mut proto::Link)| {
+            let mut link = old.link.clone();
+            change(&mut link);
+            new_link(&link, &old).map(drop).map_err(|e| e.to_string())
+        };
+        assert_eq!(link(|_| ()), Ok(()));
+        for (bad, why) in [
+            (link(|l| l.endpoints.clear()), "no endpoint"),
+            (link(|l| l.endpoints = vec![endpoint("")]), "no endpoint"),
+            (link(|l| l.roots.clear()), "no trust anchor"),
+            (link(|l| l.cluster_id = "other".into()), "another cluster"),
+            (link(|l| l.cluster_id.clear()), "cluster id"),
+        ] {
+            let said = bad.unwrap_err();
+            assert!(said.contains(why), "{said}");
+        }
+    }
+
+    #[test]
+    fn what_the_cloud_told_of_the_time_is_what_a_device_without_a_clock_knows() {
+        let store = Store::in_memory();
+        assert_eq!(authenticated_ms(&store), 0);
+        let (name, value) = time_record(1_800_000_000_123);
+        store.meta().put(name, &value).unwrap();
+        assert_eq!(authenticated_ms(&store), 1_800_000_000_123);
+        if let Clock::Unsynchronised(told) = dial_clock(&store) {
+            assert_eq!(told.map(|t| t.as_secs()), Some(1_800_000_000));
+        }
     }
 }

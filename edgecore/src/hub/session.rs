@@ -10,13 +10,15 @@ use common::hub::lanes::{LaneError, Lanes};
 use common::hub::proto;
 use common::hub::session::ProtocolError;
 use common::hub::session::edge::{Commit, EdgeEvent, EdgeSession, Outcome};
-use common::hub::transport::Connection;
+use common::hub::transport::{Connection, Refusal, TransportError};
+use common::telemetry::chain;
 use prost::Message as _;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
+use super::identity::{Identity, new_link, time_record};
 use super::state::StoreState;
 use super::tokens::Ask;
 use crate::store::desired::{Batch, CommitError};
@@ -50,9 +52,24 @@ pub enum SessionEnd {
     Renewed,
 }
 
+impl SessionEnd {
+    /// Whether the cloud found this device's certificate to have run out.
+    pub fn expired(&self) -> bool {
+        let mut next: Option<&(dyn std::error::Error + 'static)> = Some(self);
+        while let Some(error) = next {
+            if let Some(TransportError::Refused(refusal)) = error.downcast_ref() {
+                return *refusal == Refusal::Expired;
+            }
+            next = error.source();
+        }
+        false
+    }
+}
+
 /// What a session reads and wakes on.
 pub struct SessionDeps<'a> {
     pub store: &'a Store,
+    pub identity: &'a Identity,
     pub state: StoreState,
     pub asks: &'a mut mpsc::Receiver<Ask>,
     pub connected: &'a watch::Sender<bool>,
@@ -153,7 +170,7 @@ impl Driver<'_> {
                 }
                 EdgeEvent::EventsAcked { sequence } => self.deps.state.events.ack(sequence),
                 EdgeEvent::Answered(response) => {
-                    if let Some(end) = self.answered(response)? {
+                    if let Some(end) = self.answered(response).await? {
                         return Ok(Some(end));
                     }
                 }
@@ -179,9 +196,18 @@ impl Driver<'_> {
         );
         let mut values: Vec<(&'static str, Vec<u8>)> =
             vec![(kept::CONTINUATION, welcome.continuation.clone())];
-        if let Some(link) = &welcome.link {
-            values.push((kept::LINK, link.encode_to_vec()));
+        match welcome
+            .link
+            .as_ref()
+            .map(|link| new_link(link, self.deps.identity))
+        {
+            Some(Ok(records)) => values.extend(records),
+            Some(Err(error)) => {
+                warn!(error = %chain(&error), "the cloud's new link record is of no use; the old one stays");
+            }
+            None => {}
         }
+        values.push(time_record(welcome.now_ms));
         if let Some(environment) = &welcome.environment {
             values.push((kept::ENVIRONMENT, environment.encode_to_vec()));
         }
@@ -194,7 +220,6 @@ impl Driver<'_> {
         if welcome.environment.is_some() {
             self.deps.environment.send_replace(welcome.environment);
         }
-        super::identity::keep_time(self.deps.store, welcome.now_ms);
         self.session.welcome_committed(&self.deps.state);
         self.deps.connected.send_replace(true);
         Ok(())
@@ -243,10 +268,13 @@ impl Driver<'_> {
         Ok(())
     }
 
-    fn answered(&mut self, response: proto::Response) -> Result<Option<SessionEnd>, SessionEnd> {
+    async fn answered(
+        &mut self,
+        response: proto::Response,
+    ) -> Result<Option<SessionEnd>, SessionEnd> {
         if self.renewing == Some(response.id) {
             self.renewing = None;
-            let renewed = self.deps.renewal.answered(response)?;
+            let renewed = self.deps.renewal.answered(response).await?;
             return Ok(renewed.then_some(SessionEnd::Renewed));
         }
         if let Some(answer) = self.answers.remove(&response.id) {
@@ -266,11 +294,15 @@ async fn finished(
     };
     let result = handle.await;
     *commit = None;
-    // A panic in the store must not be taken for a commit.
-    result.unwrap_or(Ok(Outcome::Failed))
+    result.unwrap_or_else(|panic| {
+        // It must not be taken for a commit.
+        error!(%panic, "committing a batch panicked");
+        Ok(Outcome::Failed)
+    })
 }
 
-async fn blocking<T: Send + 'static>(
+/// Waits for the disk beside the other tasks.
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
 ) -> Result<T, StoreError> {
     match tokio::task::spawn_blocking(work).await {

@@ -44,7 +44,7 @@ const MAX_UPSTREAMS: usize = 3;
 const MAX_RESOLV_CONF: u64 = 64 * 1024;
 
 /// What the forwarder answers from.
-#[derive(Clone)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct DnsConfig {
     /// The cluster's DNS address, held by this device.
     pub listen: SocketAddr,

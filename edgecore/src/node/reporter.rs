@@ -55,7 +55,12 @@ impl Task {
         loop {
             let facts = facts::observe(&self.deps.data_dir);
             self.environment(&facts);
-            self.report(&facts).await;
+            tokio::select! {
+                biased;
+                // A runtime that does not answer must not hold the end up.
+                () = shutdown.cancelled() => return,
+                () = self.report(&facts) => {}
+            }
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return,

@@ -2,10 +2,11 @@
 //! died, or a cluster that was restored, left behind.
 //!
 //! Looks only where nobody else writes: the runtime, the agent's own directory and its ledger; log
-//! directories may be another agent's. Never touches a running container before the cloud has said once that the desired set is
-//! complete, and never anything that does not carry the labels of a Pod.
+//! directories may be another agent's. Never touches a running container before the cloud has said
+//! once that the desired set is complete, and never anything that does not carry this node's own
+//! label: a runtime may be shared.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -61,16 +62,26 @@ struct Found {
 
 async fn owners(shared: &Shared) -> BTreeMap<String, Found> {
     let mut all: BTreeMap<String, Found> = BTreeMap::new();
+    let node = shared
+        .environment
+        .borrow()
+        .as_ref()
+        .map(|e| e.node_name.clone());
+    let Some(node) = node else { return all };
+    let owner = |labels: &HashMap<String, String>| {
+        let mine = labels.get(convert::NODE) == Some(&node);
+        labels.get(convert::POD_UID).filter(|_| mine).cloned()
+    };
     if let Ok(sandboxes) = shared.cri.list_sandboxes(None).await {
         for s in sandboxes {
-            if let Some(uid) = s.labels.get(convert::POD_UID) {
-                all.entry(uid.clone()).or_default().sandboxes.push(s.id);
+            if let Some(uid) = owner(&s.labels) {
+                all.entry(uid).or_default().sandboxes.push(s.id);
             }
         }
     }
     if let Ok(containers) = shared.cri.list_containers(None).await {
         for c in containers {
-            let Some(uid) = c.labels.get(convert::POD_UID) else {
+            let Some(uid) = owner(&c.labels) else {
                 continue;
             };
             let grace = c
@@ -78,10 +89,7 @@ async fn owners(shared: &Shared) -> BTreeMap<String, Found> {
                 .get(convert::POD_GRACE)
                 .and_then(|g| g.parse().ok());
             let grace = grace.map_or(GRACE, Duration::from_secs);
-            all.entry(uid.clone())
-                .or_default()
-                .containers
-                .push((c.id, grace));
+            all.entry(uid).or_default().containers.push((c.id, grace));
         }
     }
     let on_disk = shared.volumes.known_uids().into_iter();
@@ -119,12 +127,18 @@ async fn remove(shared: &Shared, uid: &str, found: &Found) {
             let _ = cgroups.remove(uid, qos);
         }
     }
-    let entries = std::fs::read_dir(&shared.paths.pod_logs);
-    let end = format!("_{uid}");
-    for entry in entries.into_iter().flatten().flatten() {
-        if entry.file_name().to_string_lossy().ends_with(&end) {
-            let _ = std::fs::remove_dir_all(entry.path());
+    let (logs, ledger) = (shared.paths.pod_logs.clone(), shared.ledger.clone());
+    let uid = uid.to_owned();
+    let done = tokio::task::spawn_blocking(move || {
+        let end = format!("_{uid}");
+        for entry in std::fs::read_dir(logs).into_iter().flatten().flatten() {
+            if entry.file_name().to_string_lossy().ends_with(&end) {
+                let _ = std::fs::remove_dir_all(entry.path());
+            }
         }
+        ledger.release(&uid);
+    });
+    if let Err(error) = done.await {
+        tracing::error!(%error, "what belongs to no Pod was not removed");
     }
-    shared.ledger.release(uid);
 }

@@ -11,9 +11,11 @@ use std::time::{Duration, Instant};
 use common::ids::ObjectKey;
 use k8s_openapi::api::core::v1::{Container, Pod};
 
+use super::admit::Room;
 use super::cgroups::{self, Cgroups};
 use super::env::{self, ConfigError, EnvContext};
 use super::images::{self, Resolved};
+use super::ledger::{Ledger, NoGrant};
 use super::plan::{self, Step, Waiting};
 use super::volumes::{MountError, Volumes};
 use super::{dns, hosts, lifecycle, security};
@@ -52,6 +54,8 @@ pub struct Job {
     pub events: Events,
     pub volumes: Arc<Volumes>,
     pub cgroups: Arc<Cgroups>,
+    pub ledger: Arc<Ledger>,
+    pub room: Room,
     pub paths: Arc<Paths>,
     pub environment: Arc<Environment>,
     pub key: ObjectKey,
@@ -83,6 +87,7 @@ pub enum Outcome {
         container: String,
         id: String,
     },
+    NotGranted(NoGrant),
     Failed(Trouble),
 }
 
@@ -147,8 +152,7 @@ impl Job {
     /// Carries the step out.
     pub async fn run(self, step: Step) -> Outcome {
         match step {
-            // The worker grants by itself: it is one look into the ledger.
-            Step::Grant => Outcome::Done,
+            Step::Grant => self.grant().await,
             Step::Volumes => self.mount().await,
             Step::Image { container } => self.image(&container).await,
             Step::RunSandbox { attempt } => self.run_sandbox(attempt).await,
@@ -166,8 +170,18 @@ impl Job {
             Step::StopSandbox { id } => self.checked(self.cri.stop_sandbox(&id).await),
             Step::RemoveSandbox { id } => self.checked(self.cri.remove_sandbox(&id).await),
             Step::Cleanup => self.clean_up().await,
-            Step::RemoveLogs => self.remove_logs(),
+            Step::RemoveLogs => beside(move || self.remove_logs()).await,
         }
+    }
+
+    async fn grant(self) -> Outcome {
+        beside(
+            move || match self.ledger.grant(&self.key.uid, &self.pod, self.room) {
+                Ok(()) => Outcome::Done,
+                Err(refusal) => Outcome::NotGranted(refusal),
+            },
+        )
+        .await
     }
 
     fn checked(&self, result: Result<(), CriError>) -> Outcome {
@@ -238,6 +252,7 @@ impl Job {
         }
         Ok(convert::sandbox_config(convert::SandboxInput {
             pod: &self.pod,
+            node: &self.environment.node_name,
             attempt,
             hostname: &hostname,
             dns,
@@ -309,7 +324,10 @@ impl Job {
         let (Some(container), Some(image)) = (self.spec_of(name), self.image.clone()) else {
             return Outcome::Done;
         };
-        let config = match self.container_config(&container, attempt, image) {
+        // Mounts, and a hostPath may be on a file system that does not answer.
+        let (job, spec) = (self.clone(), container.clone());
+        let config = beside(move || job.container_config(&spec, attempt, image)).await;
+        let config = match config {
             Ok(config) => config,
             // Not an error of anybody's: it comes from the cloud.
             Err(ConfigError::Unknown { .. }) => return Outcome::Failed(Trouble::soon()),
@@ -400,6 +418,7 @@ impl Job {
         };
         Ok(convert::container_config(convert::ContainerInput {
             pod: &self.pod,
+            node: &self.environment.node_name,
             container,
             attempt,
             image_ref: image.id,
@@ -529,6 +548,19 @@ impl Job {
                 let _ = std::fs::remove_file(entry.path());
             }
         }
+    }
+}
+
+/// Runs what waits for a disk on a thread of its own, beside all other tasks. A panic in it is the
+/// step's.
+async fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(ended) => match ended.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The process is ending: nobody will look at this step any more.
+            Err(_) => std::future::pending().await,
+        },
     }
 }
 

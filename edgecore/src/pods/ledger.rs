@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::watch;
 
-use super::admit::{self, Grant, Refusal};
+use super::admit::{self, Grant, Refusal, Room};
 
 /// Where the ledger is kept between restarts; one value, replaced whole.
 pub trait LedgerStore: Send + Sync {
@@ -48,14 +48,16 @@ pub enum NoGrant {
 pub struct Ledger {
     store: Arc<dyn LedgerStore>,
     grants: Mutex<BTreeMap<String, Grant>>,
-    most_pods: usize,
+    /// Held while the disk is written, so that what is written last is what holds; who reads
+    /// `grants` never waits for it.
+    writing: Mutex<()>,
     released: watch::Sender<u64>,
 }
 
 impl Ledger {
     /// Reads what an earlier run granted; a record that cannot be read is as none, and each Pod
     /// asks again.
-    pub fn open(store: Arc<dyn LedgerStore>, most_pods: usize) -> Self {
+    pub fn open(store: Arc<dyn LedgerStore>) -> Self {
         let read = store.load().map(|b| serde_json::from_slice(&b));
         let grants = match read {
             Some(Ok(grants)) => grants,
@@ -68,7 +70,7 @@ impl Ledger {
         Self {
             store,
             grants: Mutex::new(grants),
-            most_pods,
+            writing: Mutex::default(),
             released: watch::Sender::new(0),
         }
     }
@@ -77,18 +79,30 @@ impl Ledger {
         self.grants.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives the Pod what it needs of the node; a Pod that has it already keeps it.
-    pub fn grant(&self, uid: &str, pod: &Pod) -> Result<(), NoGrant> {
-        let mut grants = self.grants();
-        if grants.contains_key(uid) {
-            return Ok(());
+    fn writing(&self) -> MutexGuard<'_, ()> {
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives the Pod what it needs of the node; a Pod that has it already keeps it. Waits for the
+    /// disk.
+    pub fn grant(&self, uid: &str, pod: &Pod, room: Room) -> Result<(), NoGrant> {
+        let _writing = self.writing();
+        {
+            let mut grants = self.grants();
+            if grants.contains_key(uid) {
+                return Ok(());
+            }
+            let grant = admit::admit(pod, &grants, room).map_err(NoGrant::Refused)?;
+            grants.insert(uid.to_owned(), grant);
         }
-        let grant = admit::admit(pod, &grants, self.most_pods).map_err(NoGrant::Refused)?;
-        grants.insert(uid.to_owned(), grant);
-        self.save(&grants).map_err(|error| {
-            grants.remove(uid);
+        self.save().map_err(|error| {
+            self.grants().remove(uid);
             NoGrant::NotStored(error)
         })
+    }
+
+    pub fn holds(&self, uid: &str) -> bool {
+        self.grants().contains_key(uid)
     }
 
     /// The Pod is being ended: a successor may wait for what it holds.
@@ -98,17 +112,16 @@ impl Ledger {
         }
     }
 
-    /// The Pod holds nothing any more.
+    /// The Pod holds nothing any more. Waits for the disk.
     pub fn release(&self, uid: &str) {
-        let mut grants = self.grants();
-        if grants.remove(uid).is_none() {
+        let _writing = self.writing();
+        if self.grants().remove(uid).is_none() {
             return;
         }
-        if let Err(error) = self.save(&grants) {
+        if let Err(error) = self.save() {
             // It holds too much after a restart, until the same Pod is found gone again.
             tracing::warn!(uid, error, "a released grant could not be written down");
         }
-        drop(grants);
         self.released.send_modify(|n| *n += 1);
     }
 
@@ -122,8 +135,9 @@ impl Ledger {
         self.released.subscribe()
     }
 
-    fn save(&self, grants: &BTreeMap<String, Grant>) -> Result<(), String> {
-        let bytes = serde_json::to_vec(grants).map_err(|e| e.to_string())?;
+    /// The caller is writing.
+    fn save(&self) -> Result<(), String> {
+        let bytes = serde_json::to_vec(&*self.grants()).map_err(|e| e.to_string())?;
         self.store.save(&bytes)
     }
 }
@@ -131,6 +145,12 @@ impl Ledger {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const ROOM: Room = Room {
+        pods: 10,
+        cpu_millis: 0,
+        memory_bytes: 0,
+    };
 
     fn web() -> Pod {
         serde_json::from_value(serde_json::json!({"spec": {"containers": [
@@ -142,23 +162,63 @@ mod tests {
     #[test]
     fn a_grant_outlives_a_restart_and_its_release_wakes_the_successor() {
         let store = Arc::new(InMemory::default());
-        let ledger = Ledger::open(store.clone(), 10);
-        ledger.grant("a", &web()).unwrap();
-        ledger.grant("a", &web()).unwrap();
+        let ledger = Ledger::open(store.clone());
+        ledger.grant("a", &web(), ROOM).unwrap();
+        ledger.grant("a", &web(), ROOM).unwrap();
 
-        let ledger = Ledger::open(store, 10);
+        let ledger = Ledger::open(store);
         assert!(matches!(
-            ledger.grant("b", &web()),
+            ledger.grant("b", &web(), ROOM),
             Err(NoGrant::Refused(Refusal::Never(_)))
         ));
         ledger.ending("a");
-        let refused = ledger.grant("b", &web());
+        let refused = ledger.grant("b", &web(), ROOM);
         assert_eq!(refused, Err(NoGrant::Refused(Refusal::WaitFor("a".into()))));
         let releases = ledger.releases();
         ledger.release("a");
         assert!(releases.has_changed().unwrap());
-        ledger.grant("b", &web()).unwrap();
+        ledger.grant("b", &web(), ROOM).unwrap();
         assert_eq!(ledger.holders(), ["b"]);
+    }
+
+    /// A disk that takes its time.
+    struct Slow(std::sync::Barrier);
+
+    impl LedgerStore for Slow {
+        fn load(&self) -> Option<Vec<u8>> {
+            None
+        }
+        fn save(&self, _: &[u8]) -> Result<(), String> {
+            self.0.wait();
+            self.0.wait();
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn who_only_reads_does_not_wait_for_the_disk() {
+        let store = Arc::new(Slow(std::sync::Barrier::new(2)));
+        let ledger = Arc::new(Ledger::open(store.clone()));
+        let writer = std::thread::spawn({
+            let ledger = ledger.clone();
+            move || ledger.grant("a", &web(), ROOM)
+        });
+        store.0.wait();
+        let reader = std::thread::spawn({
+            let ledger = ledger.clone();
+            move || {
+                ledger.ending("a");
+                ledger.holds("a")
+            }
+        });
+        let limit = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while !reader.is_finished() {
+            assert!(std::time::Instant::now() < limit, "it waits for the disk");
+            std::thread::yield_now();
+        }
+        assert!(reader.join().unwrap());
+        store.0.wait();
+        writer.join().unwrap().unwrap();
     }
 
     struct Full;
@@ -174,9 +234,9 @@ mod tests {
 
     #[test]
     fn what_could_not_be_written_down_was_not_granted() {
-        let ledger = Ledger::open(Arc::new(Full), 10);
+        let ledger = Ledger::open(Arc::new(Full));
         assert!(matches!(
-            ledger.grant("a", &web()),
+            ledger.grant("a", &web(), ROOM),
             Err(NoGrant::NotStored(_))
         ));
         assert!(ledger.holders().is_empty());

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio::sync::watch;
-use tokio::task::JoinSet;
+use tokio::task::{self, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use super::cgroups::{CgroupDriver, Cgroups};
@@ -21,7 +21,7 @@ use super::observe::{Wakers, Watcher};
 use super::plan::Now;
 use super::volumes::Volumes;
 use super::worker::{Clock, Shared, Worker};
-use crate::cri::{Runtime, api};
+use crate::cri::{CriError, Failure, Runtime, api};
 use crate::node::environment::Environment;
 use crate::store::desired::{Desired, DesiredPod};
 use crate::store::events::Events;
@@ -101,6 +101,8 @@ pub struct Task {
     runtime: watch::Sender<RuntimeState>,
     workers: BTreeMap<String, watch::Sender<DesiredPod>>,
     tasks: JoinSet<String>,
+    /// Whose each task is, so that one that panicked can be told.
+    whose: BTreeMap<task::Id, String>,
 }
 
 /// The Pod manager; nothing runs until its task does.
@@ -121,7 +123,8 @@ impl PodManager {
             cgroups: OnceLock::new(),
             environment: deps.environment,
             runtime: runtime.clone(),
-            ledger: Ledger::open(deps.ledger, config.most_pods),
+            ledger: Arc::new(Ledger::open(deps.ledger)),
+            most_pods: config.most_pods,
             wakers: Wakers::default(),
             paths: Arc::new(config.paths.clone()),
             clock: deps.clock.unwrap_or_else(device_clock),
@@ -136,6 +139,7 @@ impl PodManager {
             runtime: sender,
             workers: BTreeMap::new(),
             tasks: JoinSet::new(),
+            whose: BTreeMap::new(),
         };
         (handle, task)
     }
@@ -180,7 +184,7 @@ impl Task {
                 biased;
                 () = shutdown.cancelled() => break,
                 changed = changes.changed() => if changed.is_err() { break },
-                Some(ended) = self.tasks.join_next() => self.worker_ended(ended),
+                Some(ended) = self.tasks.join_next_with_id() => self.worker_ended(ended),
                 _ = seen_strangers.changed() => {}
                 _ = runtime.changed() => {}
                 Some(ended) = helpers.join_next() => {
@@ -228,30 +232,31 @@ impl Task {
         let worker = Worker::new(self.shared.clone(), wanted, waker);
         let stop = stop.clone();
         self.workers.insert(uid.clone(), sender);
-        self.tasks.spawn(async move {
+        let name = uid.clone();
+        let task = self.tasks.spawn(async move {
             worker.run(stop).await;
             uid
         });
+        self.whose.insert(task.id(), name);
     }
 
-    fn worker_ended(&mut self, ended: Result<String, tokio::task::JoinError>) {
+    fn worker_ended(&mut self, ended: Result<(task::Id, String), task::JoinError>) {
         match ended {
-            Ok(uid) => {
+            Ok((id, uid)) => {
+                self.whose.remove(&id);
                 self.workers.remove(&uid);
                 self.shared.wakers.remove(&uid);
             }
             Err(error) => {
-                tracing::error!(%error, "a Pod's worker panicked and will be started again");
-                // Its sender finds nobody listening any more. It stays listed for a while, so that
-                // what makes it panic at once does not spin.
-                let gone = |s: &watch::Sender<DesiredPod>| s.receiver_count() == 0;
-                let dead = self.workers.iter().filter(|(_, s)| gone(s));
-                for uid in dead.map(|(uid, _)| uid.clone()) {
-                    self.tasks.spawn(async move {
-                        tokio::time::sleep(AFTER_PANIC).await;
-                        uid
-                    });
-                }
+                let Some(uid) = self.whose.remove(&error.id()) else {
+                    return;
+                };
+                tracing::error!(uid, %error, "a Pod's worker panicked and will be started again");
+                // It stays listed for a while, so that what makes it panic at once does not spin.
+                self.tasks.spawn(async move {
+                    tokio::time::sleep(AFTER_PANIC).await;
+                    uid
+                });
             }
         }
     }
@@ -267,19 +272,15 @@ struct Health {
 impl Health {
     async fn run(mut self, shutdown: CancellationToken) {
         loop {
-            let state = self.look().await;
-            let well = state.ready && state.network_ready;
-            let came_back = state.ready && !self.runtime.borrow().ready;
-            if came_back {
-                self.learn_driver().await;
-                tracing::info!(
-                    name = state.name,
-                    version = state.version,
-                    "the container runtime is ready"
-                );
-            } else if !state.ready && self.runtime.borrow().ready {
-                tracing::warn!(why = state.message, "the container runtime is not ready");
+            let mut state = self.look().await;
+            if state.ready
+                && let Err(why) = self.learn_driver().await
+            {
+                state.ready = false;
+                state.message = format!("container runtime is down: {why}");
             }
+            let well = state.ready && state.network_ready;
+            tell(&self.runtime.borrow(), &state);
             self.runtime.send_if_modified(|old| {
                 let changed = *old != state;
                 *old = state;
@@ -295,20 +296,18 @@ impl Health {
         }
     }
 
-    async fn learn_driver(&mut self) {
+    /// Once.
+    async fn learn_driver(&mut self) -> Result<(), String> {
         if self.shared.cgroups.get().is_some() {
-            return;
+            return Ok(());
         }
         let cgroups = match self.given.take() {
             Some(given) => given,
-            None => {
-                let answer = self.shared.cri.runtime_config().await.ok();
-                let linux = answer.and_then(|a| a.linux);
-                Cgroups::detect(linux.map(|l| driver(l.cgroup_driver)))
-            }
+            None => Cgroups::detect(named(self.shared.cri.runtime_config().await)?),
         };
         // Set once: nobody else does.
         let _ = self.shared.cgroups.set(Arc::new(cgroups));
+        Ok(())
     }
 
     async fn look(&self) -> RuntimeState {
@@ -343,6 +342,19 @@ impl Health {
     }
 }
 
+/// Tells operators what changed, from the first look on.
+fn tell(before: &RuntimeState, now: &RuntimeState) {
+    let (name, version) = (&now.name, &now.version);
+    if now.ready && !before.ready {
+        tracing::info!(name, version, "the container runtime is ready");
+    }
+    if !now.message.is_empty() && now.message != before.message {
+        tracing::warn!(why = now.message, "Pods cannot be started");
+    } else if now.network_ready && !before.network_ready {
+        tracing::info!(name, "the network of the container runtime is ready");
+    }
+}
+
 fn judge(status: &api::StatusResponse) -> RuntimeState {
     let conditions = status
         .status
@@ -369,6 +381,20 @@ fn judge(status: &api::StatusResponse) -> RuntimeState {
     }
 }
 
+/// The driver that the runtime names, if it can say: one that did not answer is asked again, for a
+/// wrong driver is wrong until the next start.
+fn named(
+    answer: Result<api::RuntimeConfigResponse, CriError>,
+) -> Result<Option<CgroupDriver>, String> {
+    match answer {
+        Ok(answer) => Ok(answer.linux.map(|l| driver(l.cgroup_driver))),
+        Err(e) => match e.failure {
+            Failure::Unimplemented | Failure::Refused | Failure::NotFound => Ok(None),
+            Failure::Unavailable | Failure::Deadline => Err(e.message),
+        },
+    }
+}
+
 fn driver(number: i32) -> CgroupDriver {
     match api::CgroupDriver::try_from(number) {
         Ok(api::CgroupDriver::Systemd) => CgroupDriver::Systemd,
@@ -383,4 +409,30 @@ pub(super) fn recorded(desired: &Desired) -> BTreeSet<String> {
         .iter()
         .map(|p| p.key.uid.to_string())
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_runtime_that_cannot_name_its_cgroup_driver_is_guessed_at() {
+        let failed = |failure| {
+            named(Err(CriError {
+                call: "RuntimeConfig",
+                failure,
+                message: "no".into(),
+            }))
+        };
+        assert_eq!(failed(Failure::Unimplemented), Ok(None));
+        assert_eq!(failed(Failure::Refused), Ok(None));
+        assert_eq!(failed(Failure::Deadline), Err("no".into()));
+        assert_eq!(failed(Failure::Unavailable), Err("no".into()));
+        let systemd = api::RuntimeConfigResponse {
+            linux: Some(api::LinuxRuntimeConfiguration {
+                cgroup_driver: api::CgroupDriver::Systemd.into(),
+            }),
+        };
+        assert_eq!(named(Ok(systemd)), Ok(Some(CgroupDriver::Systemd)));
+    }
 }

@@ -77,6 +77,11 @@ pub enum NetworkError {
         missing: Vec<String>,
         dirs: Vec<PathBuf>,
     },
+    #[error(
+        "{} is for the bridge {bridge:?} of another edgecore: give this one a cniConfigDir of its \
+         own, or remove the file if there is no other", path.display()
+    )]
+    Another { path: PathBuf, bridge: String },
     #[error("cannot keep the range of Pods: {0}")]
     Keep(String),
     #[error("cannot {what} {path}")]
@@ -182,6 +187,10 @@ pub fn ensure(
         let dirs = config.bin_dirs.clone();
         return Err(NetworkError::Plugins { missing, dirs });
     }
+    let path = config.conf_dir.join(FILE);
+    if let Some(bridge) = bridge_of(&path).filter(|b| *b != config.bridge) {
+        return Err(NetworkError::Another { path, bridge });
+    }
     let written = write(&config.conf_dir, &content(&config.bridge, range))?;
     Ok(Network::Own { range, written })
 }
@@ -222,6 +231,12 @@ fn foreign(dir: &Path) -> Result<Option<PathBuf>, NetworkError> {
     Ok(paths
         .min()
         .filter(|p| p.file_name().is_some_and(|n| n != FILE)))
+}
+
+/// The bridge of a configuration that an edgecore wrote.
+fn bridge_of(path: &Path) -> Option<String> {
+    let conf: serde_json::Value = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
+    Some(conf.pointer("/plugins/0/bridge")?.as_str()?.to_owned())
 }
 
 fn content(bridge: &str, range: Range) -> String {

@@ -609,7 +609,12 @@ fn end(input: &Input<'_>) -> Plan {
     let since = input.memory.ending_since.unwrap_or(input.now.mono);
     let deadline = since + grace(input.pod, input.intent);
     let mut underway = input.memory.underway.iter();
-    let making = underway.any(|s| matches!(s, Step::RunSandbox { .. } | Step::Start { .. }));
+    let making = underway.any(|s| {
+        matches!(
+            s,
+            Step::Grant | Step::RunSandbox { .. } | Step::Start { .. }
+        )
+    });
     stop_in_order(input, deadline, &mut plan);
     if making || input.observed.any_running() {
         return plan;

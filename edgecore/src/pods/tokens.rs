@@ -33,7 +33,7 @@ pub type TokenFuture<'a> = Pin<Box<dyn Future<Output = Result<Token, String>> + 
 /// away. An error is a sentence for the Pod's FailedMount Event.
 pub trait TokenSource: Send + Sync {
     fn token<'a>(&'a self, request: &'a TokenRequest) -> TokenFuture<'a>;
-    /// The Pod is gone: its tokens are forgotten.
+    /// The Pod is gone: its tokens are forgotten. May wait for the disk.
     fn forget(&self, pod: &ObjectKey);
 }
 

@@ -242,6 +242,12 @@ impl Volumes {
         blocking(move || inner.remove(&dir)).await?
     }
 
+    /// The Pod is gone for good: nothing that was made for it alone is kept.
+    pub async fn forget(&self, pod: &ObjectKey) -> Result<(), MountError> {
+        let (tokens, pod) = (self.inner.tokens.clone(), pod.clone());
+        blocking(move || tokens.forget(&pod)).await
+    }
+
     /// The Pods that have a directory here, to find those that nobody knows any more.
     pub fn known_uids(&self) -> Vec<String> {
         let entries = fs::read_dir(&self.inner.pods)

@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use super::admit::Refusal;
+use super::admit::{Refusal, Room};
 use super::cgroups::Cgroups;
 use super::env;
 use super::images::Resolved;
@@ -53,7 +53,9 @@ pub struct Shared {
     pub cgroups: OnceLock<Arc<Cgroups>>,
     pub environment: watch::Receiver<Option<Environment>>,
     pub runtime: watch::Receiver<RuntimeState>,
-    pub ledger: Ledger,
+    pub ledger: Arc<Ledger>,
+    /// The kubelet's `maxPods`.
+    pub most_pods: usize,
     pub wakers: Wakers,
     pub paths: Arc<Paths>,
     pub clock: Clock,
@@ -132,7 +134,13 @@ impl Worker {
         let mut runtime = self.shared.runtime.clone();
         let mut releases = self.shared.ledger.releases();
         loop {
-            let wait = match self.look_and_act().await {
+            let next = tokio::select! {
+                biased;
+                // A runtime that does not answer must not hold the end up.
+                () = shutdown.cancelled() => return,
+                next = self.look_and_act() => next,
+            };
+            let wait = match next {
                 Next::Over => return,
                 Next::Wait(wait) => wait,
             };
@@ -191,7 +199,7 @@ impl Worker {
                     self.emit(None, EventType::Warning, "FailedValidation", &message);
                 }
                 return if wanted.removed {
-                    self.over()
+                    self.over().await
                 } else {
                     Next::Wait(None)
                 };
@@ -215,7 +223,7 @@ impl Worker {
         if intent.ends() {
             self.begin_ending(intent, now);
         } else if self.memory.ending_since.is_some() {
-            self.come_back();
+            self.come_back().await;
         }
         let plan = plan::next_steps(&Input {
             pod: &pod,
@@ -234,16 +242,7 @@ impl Worker {
         };
         let mut wait = plan.retry_in;
         let mut shorten = |by: Duration| wait = Some(wait.map_or(by, |w: Duration| w.min(by)));
-        self.act(
-            &pod,
-            intent,
-            &plan,
-            &observed,
-            environment,
-            cgroups,
-            now,
-            &mut shorten,
-        );
+        self.act(&pod, intent, &plan, &observed, environment, cgroups, now);
         self.pending_times(&pod, intent, now, &mut shorten);
         // What was said to be gone is not taken back because this agent has just started.
         let empty = observed.containers.is_empty() && observed.sandboxes.is_empty();
@@ -253,19 +252,33 @@ impl Worker {
             wait = Some(wait.map_or(settles, |w| w.min(settles)));
         }
         if plan.gone {
-            self.shared.ledger.release(&self.key.uid);
+            self.release().await;
             if intent == Intent::Remove {
-                return self.over();
+                return self.over().await;
             }
         }
         Next::Wait(wait)
     }
 
-    fn over(&self) -> Next {
-        self.shared.ledger.release(&self.key.uid);
+    /// The record of the Pod goes last: whatever is cut off before it is done again.
+    async fn over(&self) -> Next {
+        self.release().await;
+        if let Err(error) = self.shared.volumes.forget(&self.key).await {
+            tracing::warn!(pod = %self.key, %error, "the tokens of a Pod that is gone were not removed");
+        }
         self.shared.reports.forget_pod(&self.key);
         self.shared.desired.forget(&self.key);
         Next::Over
+    }
+
+    async fn release(&self) {
+        if !self.shared.ledger.holds(&self.key.uid) {
+            return;
+        }
+        let (ledger, uid) = (self.shared.ledger.clone(), self.key.uid.to_string());
+        if let Err(error) = tokio::task::spawn_blocking(move || ledger.release(&uid)).await {
+            tracing::error!(pod = %self.key, %error, "a Pod's grant was not released");
+        }
     }
 
     /// What the runtime holds, or when to try again.
@@ -350,8 +363,8 @@ impl Worker {
     }
 
     /// The cloud names the Pod again before it was gone: what was taken away is made again.
-    fn come_back(&mut self) {
-        self.shared.ledger.release(&self.key.uid);
+    async fn come_back(&mut self) {
+        self.release().await;
         let memory = &mut self.memory;
         memory.ending_since = None;
         memory.granted = false;
@@ -390,7 +403,6 @@ impl Worker {
         environment: Environment,
         cgroups: Arc<Cgroups>,
         now: Now,
-        shorten: &mut impl FnMut(Duration),
     ) {
         self.refers_to = references(pod);
         let known = intent.ends() || env::references_known(pod, &self.shared.desired).is_ok();
@@ -409,11 +421,6 @@ impl Worker {
                 continue;
             }
             match &step {
-                Step::Grant => {
-                    self.grant(&pod, now);
-                    shorten(Duration::ZERO);
-                    continue;
-                }
                 // Nothing is begun with a reference that may exist and has not come down yet.
                 Step::Volumes
                 | Step::Image { .. }
@@ -436,7 +443,8 @@ impl Worker {
                         self.memory.crashes.insert(container.clone(), *crashes);
                     }
                 }
-                Step::Image { .. }
+                Step::Grant
+                | Step::Image { .. }
                 | Step::RunSandbox { .. }
                 | Step::PostStart { .. }
                 | Step::Stop { .. }
@@ -481,6 +489,8 @@ impl Worker {
             events: self.shared.events.clone(),
             volumes: self.shared.volumes.clone(),
             cgroups: cgroups.clone(),
+            ledger: self.shared.ledger.clone(),
+            room: Room::new(self.shared.most_pods, environment),
             paths: self.shared.paths.clone(),
             environment: environment.clone(),
             key: self.key.clone(),
@@ -513,18 +523,17 @@ impl Worker {
         job
     }
 
-    fn grant(&mut self, pod: &Pod, now: Now) {
-        match self.shared.ledger.grant(&self.key.uid, pod) {
-            Ok(()) => self.memory.granted = true,
-            Err(NoGrant::Refused(Refusal::Never(failed))) => {
+    fn refused(&mut self, refusal: NoGrant, now: Now) {
+        match refusal {
+            NoGrant::Refused(Refusal::Never(failed)) => {
                 self.emit(None, EventType::Warning, &failed.reason, &failed.message);
                 self.failed = Some(failed);
             }
             // A release wakes this worker.
-            Err(NoGrant::Refused(Refusal::WaitFor(_))) => {
+            NoGrant::Refused(Refusal::WaitFor(_)) => {
                 self.delay(Step::Grant, now, Duration::from_secs(30))
             }
-            Err(NoGrant::NotStored(error)) => {
+            NoGrant::NotStored(error) => {
                 tracing::warn!(pod = %self.key, error, "a grant could not be written down");
                 self.delay(Step::Grant, now, Duration::from_secs(1));
             }
@@ -655,6 +664,10 @@ impl Worker {
                 self.failed_step(step, trouble, now);
                 return;
             }
+            Outcome::NotGranted(refusal) => {
+                self.refused(refusal, now);
+                return;
+            }
             Outcome::Done => {}
             Outcome::Volumes { next_refresh } => {
                 self.memory.volumes = true;
@@ -681,10 +694,11 @@ impl Worker {
             Step::PostStart { id, .. } => {
                 self.memory.hooked.insert(id.clone());
             }
+            // One that was asked for before the Pod ended and came back may be released already.
+            Step::Grant => self.memory.granted = self.shared.ledger.holds(&self.key.uid),
             Step::Cleanup => self.memory.cleaned = true,
             Step::RemoveLogs => self.memory.logs_removed = true,
-            Step::Grant
-            | Step::Volumes
+            Step::Volumes
             | Step::Image { .. }
             | Step::RunSandbox { .. }
             | Step::Start { .. }

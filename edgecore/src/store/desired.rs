@@ -502,11 +502,15 @@ impl Desired {
     /// The removed Pod has left nothing behind: its record goes. Late, and never blocks: a record
     /// that survives a power cut is found to have left nothing behind once more.
     pub fn forget(&self, key: &ObjectKey) {
-        if self.state().removing.remove(key).is_some() {
-            let gone = Write::remove(Table::Removing, key_of(key));
-            self.inner.store.later(vec![gone]);
-            self.inner.changed.send_modify(|n| *n += 1);
+        let mut state = self.state();
+        if state.removing.remove(key).is_none() {
+            return;
         }
+        // Staged under the lock, so that it cannot come after a later removal of the same Pod.
+        let gone = Write::remove(Table::Removing, key_of(key));
+        self.inner.store.later(vec![gone]);
+        drop(state);
+        self.inner.changed.send_modify(|n| *n += 1);
     }
 
     pub fn digest(&self) -> Digest {
@@ -632,6 +636,28 @@ mod tests {
         .unwrap();
         assert_eq!(removed(&set), [("1".into(), false)]);
         assert_eq!(set.digest().count, 1);
+    }
+
+    #[test]
+    fn a_pod_that_comes_back_is_one_pod_with_its_new_content_also_after_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, _) = Store::open(dir.path()).unwrap();
+        let set = Desired::load(&store).unwrap();
+        let (old, new) = (pod("1", "{}"), pod("1", r#"{"a":1}"#));
+        set.commit(puts(std::slice::from_ref(&old))).unwrap();
+        set.commit(removes(&[&old])).unwrap();
+        set.commit(puts(std::slice::from_ref(&new))).unwrap();
+        for _ in 0..2 {
+            // Its worker may have been about to say that nothing is left of it.
+            set.forget(&old.key);
+            assert_eq!(removed(&set), [("1".into(), false)]);
+        }
+        drop((set, store));
+        let (store, _) = Store::open(dir.path()).unwrap();
+        let set = Desired::load(&store).unwrap();
+        let pods = set.pods();
+        assert_eq!(pods.len(), 1);
+        assert_eq!((pods[0].hash, pods[0].removed), (new.hash, false));
     }
 
     #[test]

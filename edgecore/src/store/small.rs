@@ -53,12 +53,20 @@ impl Meta {
 
     /// Several values in one step: after a crash all of them are there or none.
     pub fn put_all(&self, values: &[(&str, &[u8])]) -> Result<()> {
-        let put = |(name, value): &(&str, &[u8])| Write::put(Table::Meta, *name, *value);
-        self.0.commit(values.iter().map(put).collect())
+        self.replace(values, &[])
     }
 
     pub fn remove(&self, name: &str) -> Result<()> {
-        self.0.commit(vec![Write::remove(Table::Meta, name)])
+        self.replace(&[], &[name])
+    }
+
+    /// Puts and removals in one step.
+    pub fn replace(&self, values: &[(&str, &[u8])], gone: &[&str]) -> Result<()> {
+        let puts = values
+            .iter()
+            .map(|(name, value)| Write::put(Table::Meta, *name, *value));
+        let removes = gone.iter().map(|name| Write::remove(Table::Meta, *name));
+        self.0.commit(puts.chain(removes).collect())
     }
 }
 

@@ -125,6 +125,8 @@ struct InFlight {
     puts: Vec<(ObjectKey, ContentHash)>,
     removes: Vec<ObjectKey>,
     complete: Option<Digest>,
+    epoch: [u8; 16],
+    marks: Marks,
 }
 
 /// What the edge holds, as far as it is known.
@@ -146,6 +148,9 @@ pub struct CloudSession {
     /// What the edge's marks are after all that was sent: the committed ones, raised by the view's
     /// and by each object's own revision, so that no older view of an object can follow it.
     floor: Marks,
+    /// The epoch and marks that the edge has acknowledged: what a batch need not say again.
+    acked_epoch: Option<[u8; 16]>,
+    acked_marks: Marks,
     known: Known,
     /// Objects whose delta the edge could not use: sent without a base.
     in_full: BTreeSet<ObjectKey>,
@@ -175,6 +180,8 @@ impl Default for CloudSession {
             committed_epoch: None,
             committed: Marks::new(),
             floor: Marks::new(),
+            acked_epoch: None,
+            acked_marks: Marks::new(),
             known: Known::Nothing,
             in_full: BTreeSet::new(),
             in_flight: [None, None],
@@ -322,6 +329,8 @@ impl CloudSession {
             self.committed_epoch = Some(id16("a cluster epoch", &hello.epoch)?);
             self.committed = marks_from_wire(&hello.marks);
             self.floor = self.committed.clone();
+            self.acked_epoch = self.committed_epoch;
+            self.acked_marks = self.committed.clone();
         }
         self.phase = Phase::Claiming;
         self.events
@@ -447,10 +456,22 @@ impl CloudSession {
         if again {
             self.pause_disagreed();
         }
+        if self.acked_epoch != Some(flight.epoch) {
+            self.acked_marks.clear();
+        }
+        self.acked_epoch = Some(flight.epoch);
+        for (kind, revision) in flight.marks {
+            let mark = self.acked_marks.entry(kind).or_default();
+            *mark = revision.max(*mark);
+        }
         let Some(said) = flight.complete else {
             return Ok(());
         };
-        if digest_or_empty(ack.desired.as_ref())? == said {
+        let agreed = match &ack.desired {
+            None => true,
+            Some(theirs) => Digest::try_from(theirs)? == said,
+        };
+        if agreed {
             self.disagreements = 0;
             self.completed = Some(said);
             self.events.push_back(CloudEvent::InSync);
@@ -481,18 +502,16 @@ impl CloudSession {
                 .push_back(CloudEvent::TooLarge { key, bytes: size });
             return Ok(());
         }
-        let base = if report.base.is_empty() {
-            None
-        } else {
-            let wanted = ContentHash(id16("a base hash", &report.base)?);
-            match view.report_base(&key).filter(|(hash, _)| *hash == wanted) {
-                Some((_, bytes)) => Some(bytes),
-                None => {
-                    self.ack_reports([(key, report.sequence, true)]);
-                    return Ok(());
-                }
-            }
-        };
+        // Whatever is held is the base: the content's hash tells whether it was the right one.
+        let delta = report.encoding() == proto::Encoding::ZstdDelta;
+        let base = view
+            .report_base(&key)
+            .filter(|_| delta)
+            .map(|(_, bytes)| bytes);
+        if delta && base.is_none() {
+            self.ack_reports([(key, report.sequence, true)]);
+            return Ok(());
+        }
         let decoded = delta::decode(report.encoding, &report.payload, size, base.as_deref())
             .map(Arc::<[u8]>::from)
             .ok()
@@ -681,12 +700,15 @@ impl CloudSession {
             puts: puts.iter().map(|(k, p)| (k.clone(), hash_of(p))).collect(),
             removes: removes.clone(),
             complete,
+            epoch: view.epoch(),
+            marks: self.floor.clone(),
         };
         self.in_flight[slot] = Some(flight);
+        let (epoch, marks) = self.news(view.epoch());
         let batch = proto::Batch {
             sequence,
-            epoch: view.epoch().to_vec(),
-            marks: marks_to_wire(&self.floor),
+            epoch,
+            marks,
             puts: puts.into_iter().map(|(_, p)| p).collect(),
             removes: removes.iter().map(ToString::to_string).collect(),
             complete: complete.map(Into::into),
@@ -695,6 +717,16 @@ impl CloudSession {
         self.committed_epoch = Some(view.epoch());
         self.committed = view.marks();
         self.send(BATCH_LANES[slot], Body::Batch(batch));
+    }
+
+    /// Epoch and marks as a batch says them: nothing that the edge has acknowledged before.
+    fn news(&self, epoch: [u8; 16]) -> (Vec<u8>, Vec<proto::Mark>) {
+        if self.acked_epoch != Some(epoch) {
+            return (epoch.to_vec(), marks_to_wire(&self.floor));
+        }
+        let mut raised = self.floor.clone();
+        raised.retain(|kind, revision| self.acked_marks.get(kind) < Some(revision));
+        (Vec::new(), marks_to_wire(&raised))
     }
 
     fn raise_floor(&mut self, puts: &[(ObjectKey, proto::Put)], view: &dyn CloudView) {

@@ -129,6 +129,14 @@ struct Waiting {
     lane: Lane,
 }
 
+struct Committing {
+    sequence: u64,
+    lane: Lane,
+    unusable: Vec<String>,
+    /// The digest after the batch is the one that the cloud said.
+    agreed: bool,
+}
+
 struct SentReport {
     sequence: u64,
     size: usize,
@@ -141,7 +149,7 @@ pub struct EdgeSession {
     out: VecDeque<(Lane, proto::Message)>,
     events: VecDeque<EdgeEvent>,
     batches: VecDeque<Waiting>,
-    committing: Option<(u64, Lane, Vec<String>)>,
+    committing: Option<Committing>,
     sent: BTreeMap<ObjectKey, SentReport>,
     /// What the cloud has acknowledged in this session: the base of the next delta.
     acked: BTreeMap<ObjectKey, (u64, Arc<[u8]>)>,
@@ -322,11 +330,28 @@ impl EdgeSession {
             }
             None => false,
         };
-        self.committing = Some((batch.sequence, lane, unusable));
+        // What a batch does not say is as it was committed last.
+        let facts = state.hello();
+        let epoch = match (batch.epoch.is_empty(), facts.epoch) {
+            (true, Some(epoch)) => epoch,
+            (true, None) | (false, _) => id16("a cluster epoch", &batch.epoch)?,
+        };
+        let mut marks = marks_from_wire(&batch.marks);
+        if batch.epoch.is_empty() {
+            for (kind, revision) in facts.marks {
+                marks.entry(kind).or_insert(revision);
+            }
+        }
+        self.committing = Some(Committing {
+            sequence: batch.sequence,
+            lane,
+            unusable,
+            agreed: complete,
+        });
         self.events.push_back(EdgeEvent::Commit(Commit {
             sequence: batch.sequence,
-            epoch: id16("a cluster epoch", &batch.epoch)?,
-            marks: marks_from_wire(&batch.marks),
+            epoch,
+            marks,
             puts,
             removes,
             complete,
@@ -340,7 +365,13 @@ impl EdgeSession {
         outcome: Outcome,
         state: &dyn EdgeState,
     ) -> Result<(), ProtocolError> {
-        let Some((sequence, lane, unusable)) = self.committing.take() else {
+        let Some(Committing {
+            sequence,
+            lane,
+            unusable,
+            agreed,
+        }) = self.committing.take()
+        else {
             return Ok(());
         };
         let mut ack = proto::BatchAck {
@@ -351,7 +382,8 @@ impl EdgeSession {
         match outcome {
             Outcome::Committed { desired } => {
                 ack.set_outcome(proto::BatchOutcome::BatchCommitted);
-                ack.desired = Some(desired.into());
+                // An agreement needs no proof on the wire.
+                ack.desired = (!agreed).then(|| desired.into());
             }
             Outcome::Stale { marks } => {
                 ack.set_outcome(proto::BatchOutcome::BatchStale);
@@ -455,17 +487,10 @@ impl EdgeSession {
         let base = self.acked.get(&held.key).map(|(_, bytes)| bytes.clone());
         let (encoding, payload) = delta::encode(base.as_deref(), &held.bytes);
         let hash_of = |b: &Arc<[u8]>| ContentHash::of(&Content::Present(b.clone())).0.to_vec();
-        let base = match encoding {
-            proto::Encoding::ZstdDelta => base.as_ref().map(hash_of).unwrap_or_default(),
-            proto::Encoding::Raw | proto::Encoding::Zstd | proto::Encoding::ZstdDictionary1 => {
-                Vec::new()
-            }
-        };
         let report = proto::Report {
             key: held.key.to_string(),
             sequence: held.sequence,
             hash: hash_of(&held.bytes),
-            base,
             encoding: encoding.into(),
             payload,
             size: u32::try_from(held.bytes.len()).unwrap_or(u32::MAX),
@@ -522,18 +547,20 @@ impl EdgeSession {
 fn decode_put(put: &proto::Put, state: &dyn EdgeState) -> Result<Option<Object>, ProtocolError> {
     let key = ObjectKey::parse(&put.key)?;
     let hash = ContentHash(id16("a content hash", &put.hash)?);
-    let base = if put.base.is_empty() {
-        None
-    } else {
-        let base = ContentHash(id16("a base hash", &put.base)?);
-        match state.object(&key) {
+    // Whatever is held is the base: the content's hash tells whether it was the right one.
+    let base = match (put.encoding(), state.object(&key)) {
+        (
+            proto::Encoding::ZstdDelta,
             Some(Object {
                 content: Content::Present(bytes),
-                hash,
                 ..
-            }) if hash == base => Some(bytes),
-            Some(_) | None => return Ok(None),
-        }
+            }),
+        ) => Some(bytes),
+        (proto::Encoding::ZstdDelta, Some(_) | None) => return Ok(None),
+        (
+            proto::Encoding::Raw | proto::Encoding::Zstd | proto::Encoding::ZstdDictionary1,
+            Some(_) | None,
+        ) => None,
     };
     let object = if put.absent {
         Object::absent(key)

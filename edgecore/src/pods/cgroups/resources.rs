@@ -220,6 +220,28 @@ pub(super) fn pod_limits(pod: &Pod) -> PodLimits {
     }
 }
 
+/// What the scheduler counts for the Pod: what runs side by side, or the largest init container
+/// beside the sidecars that were started before it. Millicores or bytes.
+pub fn requested(pod: &Pod, name: &str) -> i64 {
+    let Some(spec) = &pod.spec else { return 0 };
+    let of = |c: &Container| {
+        let r = c.resources.as_ref();
+        request(r, name).or(limit(r, name)).unwrap_or(0)
+    };
+    let (mut sidecars, mut most) = (0_i64, 0_i64);
+    for c in spec.init_containers.iter().flatten() {
+        let beside = sidecars.saturating_add(of(c));
+        most = most.max(beside);
+        if c.restart_policy.as_deref() == Some("Always") {
+            sidecars = beside;
+        }
+    }
+    let mains = spec.containers.iter().map(of);
+    let parts = mains.fold(sidecars, i64::saturating_add).max(most);
+    let whole = request(spec.resources.as_ref(), name).unwrap_or(parts);
+    whole.saturating_add(side(spec.overhead.as_ref(), name).unwrap_or(0))
+}
+
 #[cfg(test)]
 pub(super) mod testing {
     use k8s_openapi::api::core::v1::Pod;
@@ -240,8 +262,48 @@ pub(super) mod testing {
 mod tests {
     use super::testing::{resources, the_pod};
     use super::*;
-    use crate::pods::testing::environment;
+    use crate::pods::testing::{environment, pod};
     use serde_json::json;
+
+    #[test]
+    fn a_pod_asks_for_what_runs_side_by_side() {
+        let c = |cpu: &str| json!({"name": "c", "resources": {"requests": {"cpu": cpu}}});
+        let sidecar = |cpu: &str| {
+            let mut c = c(cpu);
+            c["restartPolicy"] = json!("Always");
+            c
+        };
+        for (spec, want) in [
+            (json!({"containers": [{"name": "c"}]}), 0),
+            (json!({"containers": [c("100m"), c("0.2")]}), 300),
+            (
+                json!({"containers": [c("100m")], "initContainers": [c("1")]}),
+                1000,
+            ),
+            (
+                json!({"containers": [c("100m")], "initContainers": [sidecar("50m"), c("1")]}),
+                1050,
+            ),
+            (
+                json!({"containers": [c("100m")], "initContainers": [c("1"), sidecar("50m")]}),
+                1000,
+            ),
+            (
+                json!({"containers": [c("2")], "overhead": {"cpu": "10m"}}),
+                2010,
+            ),
+            (
+                json!({"containers": [{"name": "c", "resources": {"limits": {"cpu": "3"}}}]}),
+                3000,
+            ),
+        ] {
+            assert_eq!(
+                requested(&pod(json!({ "spec": spec })), "cpu"),
+                want,
+                "{spec}"
+            );
+        }
+    }
 
     #[test]
     fn quality_of_service() {

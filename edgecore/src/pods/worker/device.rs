@@ -17,9 +17,13 @@ use crate::pods::tokens::{Token, TokenFuture, TokenRequest, TokenSource};
 use crate::pods::volumes::VolumesConfig;
 use crate::store::desired::Batch;
 
-struct NoTokens;
+/// Gives the same token to all, and notes whose are forgotten.
+#[derive(Default)]
+pub(super) struct SomeTokens {
+    pub(super) forgotten: std::sync::Mutex<Vec<ObjectKey>>,
+}
 
-impl TokenSource for NoTokens {
+impl TokenSource for SomeTokens {
     fn token<'a>(&'a self, _: &'a TokenRequest) -> TokenFuture<'a> {
         Box::pin(async {
             Ok(Token {
@@ -28,7 +32,9 @@ impl TokenSource for NoTokens {
             })
         })
     }
-    fn forget(&self, _: &ObjectKey) {}
+    fn forget(&self, pod: &ObjectKey) {
+        self.forgotten.lock().unwrap().push(pod.clone());
+    }
 }
 
 /// A device: what survives the agent, and the runtime under it.
@@ -38,7 +44,9 @@ pub(super) struct Device {
     pub(super) reports: Reports,
     pub(super) events: Events,
     pub(super) ledger: Arc<InMemory>,
+    pub(super) tokens: Arc<SomeTokens>,
     pub(super) dir: tempfile::TempDir,
+    pub(super) node: &'static str,
 }
 
 pub(super) struct Agent {
@@ -63,7 +71,9 @@ impl Device {
             reports: Reports::in_memory(),
             events: Events::in_memory(),
             ledger: Arc::default(),
+            tokens: Arc::default(),
             dir: tempfile::tempdir().unwrap(),
+            node: "edge-1",
         };
         device.fake.add_image("i:1");
         device.put_object(ObjectKey::named(Kind::Services, "default", ""), json!([]));
@@ -79,10 +89,10 @@ impl Device {
                 node_ca_pem: None,
             },
             self.desired.clone(),
-            Arc::new(NoTokens),
+            self.tokens.clone(),
         );
         let environment = Environment {
-            node_name: "edge-1".into(),
+            node_name: self.node.into(),
             node_ip: "192.0.2.7".parse().unwrap(),
             cluster_dns: Some("10.96.0.10".parse().unwrap()),
             cluster_domain: "cluster.local".into(),
@@ -148,6 +158,15 @@ impl Device {
                 ..Default::default()
             })
             .unwrap();
+    }
+
+    /// The cloud says that it has named every Pod.
+    pub(super) fn complete(&self) {
+        let batch = Batch {
+            complete: true,
+            ..Default::default()
+        };
+        self.desired.commit(batch).unwrap();
     }
 
     pub(super) fn status(&self, key: &ObjectKey) -> Value {

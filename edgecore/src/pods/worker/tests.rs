@@ -51,7 +51,59 @@ async fn a_pod_runs_is_deleted_and_its_record_goes_last() {
     d.remove(&key);
     d.until("forgotten", || d.desired.pods().is_empty()).await;
     assert!(d.reports.pod(&key).is_none());
+    assert_eq!(*d.tokens.forgotten.lock().unwrap(), [key]);
     agent.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_runtime_that_hangs_does_not_hold_the_end_of_the_agent_up() {
+    let d = Device::new();
+    let agent = d.start();
+    let key = d.put(&pod("web", "u1"));
+    d.until("running", || d.phase(&key) == "Running").await;
+    d.fake.delay("ListContainers", Duration::from_secs(20));
+    d.put(&deleted(pod("web", "u1"), 30));
+    sleep(Duration::from_secs(1)).await;
+    let began = Instant::now();
+    agent.stop().await;
+    assert!(
+        began.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        began.elapsed()
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_another_agent_made_in_the_same_runtime_is_left_alone() {
+    let d = Device::new();
+    let agent = d.start();
+    let key = d.put(&pod("web", "u1"));
+    d.until("running", || d.phase(&key) == "Running").await;
+    agent.stop().await;
+    let other = Device {
+        desired: Desired::in_memory(),
+        ledger: Arc::default(),
+        dir: tempfile::tempdir().unwrap(),
+        node: "edge-2",
+        ..d
+    };
+    other.complete();
+    let _agent = other.start();
+    sleep(Duration::from_secs(600)).await;
+    assert_eq!(other.fake.running(), ["main/0"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_asks_for_more_than_there_is_fails_and_the_next_one_runs() {
+    let d = Device::new();
+    let _agent = d.start();
+    let mut large = pod("large", "u1");
+    large["spec"]["containers"][0]["resources"] = json!({"requests": {"memory": "2Gi"}});
+    let large = d.put(&large);
+    let small = d.put(&pod("small", "u2"));
+    d.until("running", || d.phase(&small) == "Running").await;
+    d.until("failed", || d.phase(&large) == "Failed").await;
+    assert_eq!(d.status(&large)["reason"], "OutOfmemory");
 }
 
 #[tokio::test(start_paused = true)]
