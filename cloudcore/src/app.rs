@@ -19,13 +19,15 @@ use common::hub::tls::ServerTls;
 use common::hub::transport::LinkConfig;
 use common::pki::Validity;
 use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kube::Api;
+use kube::api::ListParams;
 use rustls::pki_types::UnixTime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::admin::{self, Admin};
 use crate::config::{Config, HostPort};
@@ -33,6 +35,7 @@ use crate::downstream;
 use crate::enroll::authority::Authority;
 use crate::enroll::cache::Enrolments;
 use crate::enroll::link::ensure_link;
+use crate::enroll::tokens::Tokens;
 use crate::enroll::{EnrollConfig, Enroller};
 use crate::hub::registry::Registry;
 use crate::hub::{Hub, HubDeps, Paces};
@@ -150,6 +153,10 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let mut tasks = Tasks::default();
     tasks.spawn("the API server's client", kube_task.run(rest_stop.clone()));
     tasks.spawn("the enrolments", enrolments_task.run(rest_stop.clone()));
+    tasks.spawn(
+        "the sweep of tokens",
+        Enroller::sweep_tokens(Tokens::build(&kube.own()), rest_stop.clone()),
+    );
     tasks.spawn("the Leases", claims_task.run(rest_stop.clone()));
     tasks.spawn("the Nodes", keeper_task.run(rest_stop.clone()));
     tasks.spawn("the tolerations", tolerations_task.run(rest_stop.clone()));
@@ -213,8 +220,35 @@ async fn environment(
         api_host: api.cluster_ip.unwrap_or_default(),
         api_port: u32::try_from(port).unwrap_or(443),
         provider_id: String::new(),
-        cluster_ranges: config.cluster_ranges.clone(),
+        cluster_ranges: cluster_ranges(kube, &config.cluster_ranges).await,
     })
+}
+
+/// The configured ranges, and those of Services where the cluster tells them (1.33 and newer).
+async fn cluster_ranges(kube: &KubeClients, configured: &[String]) -> Vec<String> {
+    let all: Api<ServiceCIDR> = Api::all(kube.own());
+    let told = match all.list(&ListParams::default()).await {
+        Ok(found) => service_ranges(&found.items),
+        Err(error) => {
+            debug!(%error, "the cluster does not tell the ranges of its Services");
+            Vec::new()
+        }
+    };
+    let mut ranges = configured.to_vec();
+    for range in told {
+        if !ranges.contains(&range) {
+            ranges.push(range);
+        }
+    }
+    ranges
+}
+
+fn service_ranges(found: &[ServiceCIDR]) -> Vec<String> {
+    let specs = found.iter().filter_map(|one| one.spec.as_ref());
+    specs
+        .filter_map(|spec| spec.cidrs.clone())
+        .flatten()
+        .collect()
 }
 
 fn server_tls(authority: &Authority) -> anyhow::Result<ServerTls> {
@@ -299,5 +333,22 @@ impl Tasks {
             Some(name) => anyhow::bail!("{name} ended; cloudcore stops"),
             None => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ranges_of_services_are_those_of_all_their_objects() {
+        let found = serde_json::json!([
+            {"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/12", "fd00::/108"]}},
+            {"metadata": {"name": "more"}, "spec": {"cidrs": ["10.200.0.0/16"]}},
+            {"metadata": {"name": "empty"}},
+        ]);
+        let found: Vec<ServiceCIDR> = serde_json::from_value(found).unwrap();
+        let want = ["10.96.0.0/12", "fd00::/108", "10.200.0.0/16"];
+        assert_eq!(service_ranges(&found), want);
     }
 }

@@ -30,6 +30,7 @@ use kube::Client;
 use kube::api::PostParams;
 use rustls::pki_types::{CertificateDer, UnixTime};
 use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
 
 use common::hub::proto::{JoinRequest, Joined, Link, Refused};
 use common::ids::NodeName;
@@ -37,6 +38,7 @@ use common::pki::csr::{VerifiedCsr, verify_csr};
 use common::pki::identity::ReenrolError;
 use common::pki::{KeyId, NodeIdentity, Validity, check_reenrolment};
 
+use crate::hub::pace::Pace;
 use crate::kube::{KubeError, is_conflict};
 use crate::nodes::{self, birth};
 
@@ -54,6 +56,17 @@ const NAME_LIMIT: usize = 63;
 /// Joins decided at once: each costs the API server up to ten requests, and a fleet that joins in
 /// one moment must not crowd out the sessions of those that are in.
 const AT_ONCE: usize = 16;
+
+/// How long a device waits for its turn; it gives up after 10 s.
+const TURN: Duration = Duration::from_secs(4);
+
+/// Between two looks for tokens that expired long ago.
+const SWEEP_EVERY: Duration = Duration::from_secs(6 * 3600);
+/// And before the first: whoever starts cloudcore again and again does not list each time.
+const SWEEP_FIRST: Duration = Duration::from_secs(300);
+
+/// Lines about refusals: strangers cause them.
+const REFUSALS_LOGGED: (u32, Duration) = (20, Duration::from_secs(3));
 
 /// How often a decision that another writer overtook is taken anew.
 const TRIES: usize = 16;
@@ -87,6 +100,7 @@ pub struct Enroller {
     link: Link,
     config: EnrollConfig,
     at_once: Semaphore,
+    refusals: Pace<()>,
 }
 
 /// A request whose form is right.
@@ -112,15 +126,17 @@ impl Enroller {
             link,
             config,
             at_once: Semaphore::new(AT_ONCE),
+            refusals: Pace::new(REFUSALS_LOGGED.0, REFUSALS_LOGGED.1),
         }
     }
 
     /// Answers a device. Idempotent: the same key asking again for the same name gets the same
     /// answer, with a fresh certificate.
     pub async fn join(&self, request: &JoinRequest, peer: SocketAddr) -> Result<Joined, Refused> {
-        let decided = match self.at_once.try_acquire() {
-            Ok(_place) => self.decide(request).await,
-            Err(_) => Err(Refusal::Unavailable {
+        // In turn: strangers with wrong tokens, who can be many, only make the others wait.
+        let decided = match tokio::time::timeout(TURN, self.at_once.acquire()).await {
+            Ok(Ok(_place)) => self.decide(request).await,
+            Ok(Err(_)) | Err(_) => Err(Refusal::Unavailable {
                 why: "too many devices join at this moment",
             }),
         };
@@ -131,7 +147,12 @@ impl Enroller {
             }
             Err(refusal) => {
                 let (name, token) = (printable(&request.node_name), printable(&request.token_id));
-                tracing::warn!(%peer, name, token, code = refusal.code().as_str_name(), %refusal, "a device was refused");
+                let code = refusal.code().as_str_name();
+                if self.refusals.take((), tokio::time::Instant::now()).is_ok() {
+                    tracing::warn!(%peer, name, token, code, %refusal, "a device was refused");
+                } else {
+                    tracing::debug!(%peer, name, token, code, %refusal, "a device was refused");
+                }
                 Err((&refusal).into())
             }
         }
@@ -208,7 +229,7 @@ impl Enroller {
     /// Records the use and writes the enrolment; each loss of a race begins the decision anew.
     async fn join_by_token(&self, asked: &Asked<'_>) -> Result<(), Refusal> {
         for _ in 0..TRIES {
-            let token = self.token(asked.request).await?;
+            let mut token = self.token(asked.request).await?;
             let secret = &asked.request.token_secret;
             let admitted = token.admit(secret, asked.csr.key_id(), &asked.node, asked.now)?;
             let present = records(&self.client)
@@ -217,14 +238,19 @@ impl Enroller {
                 .map_err(|e| unavailable(KubeError::api("reading an enrolment")(e)))?;
             check_name(present.as_ref(), asked, &token, &admitted)?;
             self.check_node(&asked.node).await?;
+            let (key, node) = (asked.csr.key_id(), &asked.node);
             if !admitted.repeated {
-                let key = asked.csr.key_id();
-                let recorded = self.tokens.record_use(&token, key, &asked.node, asked.now);
-                if !recorded.await.map_err(unavailable)? {
-                    continue;
+                let recorded = self.tokens.record_use(&token, key, node, asked.now);
+                match recorded.await.map_err(unavailable)? {
+                    Some(written) => token = written,
+                    None => continue,
                 }
             }
-            if self.write(asked, &token, present.as_ref()).await? {
+            if !self.write(asked, &token, present.as_ref()).await? {
+                continue;
+            }
+            let recorded = self.tokens.record_enrolled(&token, key, node);
+            if recorded.await.map_err(unavailable)? {
                 return Ok(());
             }
         }
@@ -393,6 +419,25 @@ impl Enroller {
         Ok(())
     }
 
+    /// Until shutdown: deletes tokens that expired long ago. Several replicas may; it is idempotent.
+    pub async fn sweep_tokens(tokens: Tokens, shutdown: CancellationToken) {
+        let mut wait = SWEEP_FIRST;
+        loop {
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return,
+                () = tokio::time::sleep(wait) => wait = SWEEP_EVERY,
+            }
+            match tokens.sweep(Timestamp::now()).await {
+                Ok(0) => {}
+                Ok(swept) => tracing::info!(swept, "deleted tokens that expired long ago"),
+                Err(error) => {
+                    tracing::warn!(error = %crate::chain(&error), "expired tokens were not swept");
+                }
+            }
+        }
+    }
+
     /// Ends an enrolment (see [`revoke::revoke`]).
     pub async fn revoke(&self, node: &NodeName) -> Result<revoke::Outcome, KubeError> {
         revoke::revoke(&self.client, node).await
@@ -408,7 +453,11 @@ fn check_name(
 ) -> Result<(), Refusal> {
     let node = || asked.node.to_string();
     let Some(present) = present.map(|p| &p.spec) else {
-        return Ok(());
+        // Somebody deleted the record: that ended the enrolment, and what was used stays used.
+        return match admitted.enrolled {
+            true => Err(Refusal::Revoked { node: node() }),
+            false => Ok(()),
+        };
     };
     match &present.revoked {
         None if present.knows(asked.csr.key_id()) => Ok(()),

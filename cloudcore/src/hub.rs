@@ -28,6 +28,7 @@ use tracing::{debug, info, warn};
 use crate::downstream::Downstream;
 use crate::enroll::Enroller;
 use crate::enroll::cache::Enrolments;
+use crate::enroll::record::Enrolment;
 use crate::kube::KubeClients;
 use crate::kube::epoch::begin_epoch;
 use crate::nodes::claim::Claims;
@@ -55,6 +56,9 @@ pub struct Paces {
     /// ServiceAccount tokens of a node, each a signature of the API server: a restart of a full
     /// node asks for some hundreds at once.
     pub tokens: Pace<NodeName>,
+    /// Events of a node, in all its sessions. Each Pod's are limited by themselves, but a node may
+    /// invent Pods and reasons without end, and each Event is a write.
+    pub events: Pace<NodeName>,
     /// Cluster epochs that one node's word begins. A restored cluster is found by whichever node
     /// comes first; a node that lies must not take the protection of the marks from all others
     /// again and again.
@@ -70,6 +74,7 @@ impl Default for Paces {
             refusals: Pace::new(1, Duration::from_secs(60)),
             renewals: Pace::new(4, Duration::from_secs(60)),
             tokens: Pace::new(500, Duration::from_millis(100)),
+            events: Pace::new(500, Duration::from_millis(200)),
             epochs: Pace::new(2, Duration::from_secs(1800)),
             warnings: Pace::new(10, Duration::from_secs(10)),
         }
@@ -266,13 +271,16 @@ impl Hub {
 
     fn check_all(&self) {
         for entry in self.deps.registry.all() {
-            // The record of an enrolment that was ended stays.
-            let record = self.deps.enrolments.find(&entry.node);
-            if record.is_none_or(|r| !r.spec.is_active()) {
+            if has_ended(self.deps.enrolments.find(&entry.node).as_deref()) {
                 self.revoked(&entry.node);
             }
         }
     }
+}
+
+/// The record of an enrolment that was ended stays, and says so.
+fn has_ended(record: Option<&Enrolment>) -> bool {
+    record.is_none_or(|r| !r.spec.is_active())
 }
 
 async fn session(
@@ -295,5 +303,35 @@ async fn join(stream: JoinStream, deps: Arc<HubDeps>) {
     };
     if let Err(error) = stream.answer(&answer).await {
         info!(%peer, error = %chain(&error), "a device did not take its answer; it may ask again");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::enroll::record::EnrolmentSpec;
+
+    #[test]
+    fn a_session_ends_with_its_enrolment_also_while_the_record_stays() {
+        let mut record = Enrolment::new("a", EnrolmentSpec::default());
+        assert!(!has_ended(Some(&record)));
+        let now = jiff::Timestamp::UNIX_EPOCH;
+        record.spec.revoked = Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(now));
+        assert!(has_ended(Some(&record)));
+        assert!(has_ended(None));
+    }
+
+    #[test]
+    fn an_honest_device_meets_no_pace() {
+        let paces = Paces::default();
+        let (now, key) = (Instant::now(), KeyId([1; 32]));
+        let node = NodeName::parse("a").unwrap();
+        // A link that comes and goes within seconds; a full node that restarts.
+        assert!((0..8).all(|_| paces.sessions.take(key, now).is_ok()));
+        assert!((0..500).all(|_| paces.tokens.reserve(node.clone(), now).is_zero()));
+        assert!(paces.epochs.take(node.clone(), now).is_ok());
+        // And one that asks without end is held to a rate.
+        assert!(paces.sessions.take(key, now).is_err());
+        assert!(!paces.tokens.reserve(node, now).is_zero());
     }
 }

@@ -402,6 +402,24 @@ async fn a_renewed_key_holds_beside_the_old_one_until_its_first_session() {
 }
 
 #[tokio::test]
+async fn a_deleted_enrolment_does_not_come_back_by_its_used_token() {
+    let bed = Bed::new().await;
+    let token = bed.token(|_| {}).await;
+    let key = key();
+    bed.join(&request(&token, "a", &key)).await.unwrap();
+    // While the record is there the answer may be repeated.
+    bed.join(&request(&token, "a", &key)).await.unwrap();
+    let records = records(&bed.fake.client());
+    records.delete("a", &Default::default()).await.unwrap();
+    assert_eq!(
+        bed.refused(&request(&token, "a", &key)).await,
+        RefusalRevoked
+    );
+    let new = bed.token(|_| {}).await;
+    bed.join(&request(&new, "a", &key)).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
 async fn more_devices_at_once_than_are_decided_are_told_to_come_again() {
     let bed = Bed::new().await;
     let token = bed.token(|_| {}).await;

@@ -55,7 +55,21 @@ pub struct Use {
     pub node: NodeName,
     /// RFC 3339.
     pub at: String,
+    /// The enrolment that this use is for was written. From then on the use is repeated only while
+    /// that record is there: whoever deletes the record has ended it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub enrolled: bool,
 }
+
+impl Use {
+    fn is_of(&self, key: KeyId, node: &NodeName) -> bool {
+        self.key == key.to_string() && self.node == *node
+    }
+}
+
+/// Expired tokens are kept so long, to be seen in `cloudcore token list` and to tell a device that
+/// comes late what is wrong.
+const KEPT_EXPIRED: Duration = Duration::from_secs(7 * 86_400);
 
 /// What an operator asks for.
 #[derive(Debug, Clone)]
@@ -73,6 +87,8 @@ pub struct Admitted {
     pub node: NodeName,
     /// The use is recorded already: this is the same device asking again.
     pub repeated: bool,
+    /// And it was enrolled by it.
+    pub enrolled: bool,
 }
 
 impl TokenRecord {
@@ -94,12 +110,12 @@ impl TokenRecord {
                 asked: asked.to_string(),
             });
         }
-        let key = key.to_string();
         let node = asked.clone();
-        if self.used.iter().any(|u| u.key == key && u.node == *asked) {
+        if let Some(used) = self.used.iter().find(|u| u.is_of(key, asked)) {
             return Ok(Admitted {
                 node,
                 repeated: true,
+                enrolled: used.enrolled,
             });
         }
         if now >= self.expires {
@@ -117,6 +133,7 @@ impl TokenRecord {
         Ok(Admitted {
             node,
             repeated: false,
+            enrolled: false,
         })
     }
 
@@ -287,7 +304,7 @@ impl Tokens {
         }
     }
 
-    /// Records a use, unless the token changed since it was read: false then, and the caller reads
+    /// Records a use, unless the token changed since it was read: `None` then, and the caller reads
     /// and decides again.
     pub async fn record_use(
         &self,
@@ -295,13 +312,49 @@ impl Tokens {
         key: KeyId,
         node: &NodeName,
         now: Timestamp,
-    ) -> Result<bool, KubeError> {
+    ) -> Result<Option<TokenRecord>, KubeError> {
         let mut next = token.clone();
         next.used.push(Use {
             key: key.to_string(),
             node: node.clone(),
             at: now.to_string(),
+            enrolled: false,
         });
+        self.write(token, &next).await
+    }
+
+    /// Records that the enrolment of a use was written; false as for [`Self::record_use`].
+    pub async fn record_enrolled(
+        &self,
+        token: &TokenRecord,
+        key: KeyId,
+        node: &NodeName,
+    ) -> Result<bool, KubeError> {
+        let mut next = token.clone();
+        let uses = next.used.iter_mut().filter(|u| u.is_of(key, node));
+        uses.for_each(|u| u.enrolled = true);
+        Ok(next == *token || self.write(token, &next).await?.is_some())
+    }
+
+    /// Deletes the tokens that expired long ago; gives how many. Tokens that cannot be read stay.
+    pub async fn sweep(&self, now: Timestamp) -> Result<usize, KubeError> {
+        let (tokens, _unreadable) = self.list().await?;
+        let mut swept = 0;
+        for token in tokens {
+            let until = token.expires.saturating_add(KEPT_EXPIRED);
+            // A token that never expires overflows.
+            if until.is_ok_and(|until| until < now) && self.revoke(&token.id).await? {
+                swept += 1;
+            }
+        }
+        Ok(swept)
+    }
+
+    async fn write(
+        &self,
+        token: &TokenRecord,
+        next: &TokenRecord,
+    ) -> Result<Option<TokenRecord>, KubeError> {
         let secret = next.to_secret();
         let name = format!("{PREFIX}{}", token.id);
         match self
@@ -309,8 +362,8 @@ impl Tokens {
             .replace(&name, &PostParams::default(), &secret)
             .await
         {
-            Ok(_) => Ok(true),
-            Err(e) if is_conflict(&e) || is_absent(&e) => Ok(false),
+            Ok(written) => TokenRecord::from_secret(&written).map(Some),
+            Err(e) if is_conflict(&e) || is_absent(&e) => Ok(None),
             Err(e) => Err(KubeError::api(format!(
                 "recording a use of token {}",
                 token.id
@@ -346,6 +399,7 @@ mod tests {
                 key: KeyId([1; 32]).to_string(),
                 node: name("a"),
                 at: String::new(),
+                enrolled: false,
             }],
             revision: None,
         }
@@ -369,6 +423,7 @@ mod tests {
             Ok(Admitted {
                 node: name(n),
                 repeated,
+                enrolled: false,
             })
         };
         let id = || "abcdefgh".to_string();
@@ -516,10 +571,41 @@ mod tests {
                 .record_use(&read, KeyId([n; 32]), &name(node), at(1))
                 .await
                 .unwrap()
+                .is_some()
         };
         assert!(record(1, "a").await);
         assert!(!record(2, "b").await);
         assert_eq!(tokens.find(&read.id).await.unwrap().unwrap().left(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_token_that_expired_long_ago_is_swept_and_no_other() {
+        let fake = FakeApi::new();
+        let tokens = Tokens::build(&fake.client());
+        let mut ids = Vec::new();
+        for hours in [1, 24, 100 * 365 * 24] {
+            let wish = TokenWish {
+                ttl: Duration::from_secs(hours * 3600),
+                uses: 1,
+                node: None,
+                labels: BTreeMap::new(),
+                taints: Vec::new(),
+            };
+            let secret = TokenSecret::generate().unwrap();
+            ids.push(tokens.create(wish, &secret, at(0)).await.unwrap().id);
+        }
+        let day = 86_400;
+        let left = async |now| {
+            tokens.sweep(at(now)).await.unwrap();
+            let mut left = Vec::new();
+            for id in &ids {
+                left.push(tokens.find(id).await.unwrap().is_some());
+            }
+            left
+        };
+        assert_eq!(left(7 * day + 3599).await, [true, true, true]);
+        assert_eq!(left(7 * day + 3601).await, [false, true, true]);
+        assert_eq!(left(9 * day).await, [false, false, true]);
     }
 
     #[tokio::test]

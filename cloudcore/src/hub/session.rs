@@ -400,9 +400,14 @@ impl Actor<'_> {
                 self.report(key, sequence, bytes, gone);
             }
             CloudEvent::Events(events) => {
+                let (pace, now) = (&self.deps.paces.events, Instant::now());
+                let waits = events.iter().map(|_| pace.reserve(self.node.clone(), now));
+                let wait = waits.max().unwrap_or_default();
                 let done = self.upstream.events(events);
-                self.answers
-                    .push(Box::pin(async move { Answered::Events(done.await) }));
+                self.answers.push(Box::pin(async move {
+                    tokio::time::sleep(wait).await;
+                    Answered::Events(done.await)
+                }));
             }
             CloudEvent::Asked(request) => {
                 let answer = self.deps.answer(&self.upstream, self.entry, request);
@@ -574,4 +579,33 @@ async fn at(when: Option<Instant>) {
 pub fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     since.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kube::KubeError;
+
+    #[test]
+    fn only_who_is_known_to_be_unwanted_is_told_so() {
+        let node = || NodeName::parse("a").unwrap();
+        let unreadable = KubeError::Malformed {
+            what: "an answer".into(),
+            why: "it is none".into(),
+        };
+        for (refusal, reason) in [
+            (NotAllowed::NotEnrolled(node()), GoAwayReason::GoAwayRevoked),
+            (NotAllowed::Revoked(node()), GoAwayReason::GoAwayRevoked),
+            (NotAllowed::OtherKey(node()), GoAwayReason::GoAwayRevoked),
+            // An edge that is told that it is unwanted stays away for minutes.
+            (
+                NotAllowed::Unavailable(node(), unreadable),
+                GoAwayReason::GoAwayUnspecified,
+            ),
+        ] {
+            let go = refused(&refusal);
+            assert_eq!(go.reason(), reason, "{refusal}");
+            assert!(go.message.contains('a'));
+        }
+    }
 }

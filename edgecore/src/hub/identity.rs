@@ -206,7 +206,7 @@ pub fn keep_joined(
     }
     .encode_to_vec();
     let link = joined.link.clone().unwrap_or_default().encode_to_vec();
-    let time = Told::now(joined.now_ms).encode();
+    let (_, time) = time_record(joined.now_ms);
     let mut values: Vec<(&str, &[u8])> = vec![
         (names::CHAIN, &chain),
         (names::NODE, joined.node_name.as_bytes()),
@@ -225,7 +225,12 @@ pub fn keep_joined(
 
 /// The record of the cloud's clock, as an authenticated session showed it.
 pub fn time_record(now_ms: u64) -> (&'static str, Vec<u8>) {
-    (names::TIME, Told::now(now_ms).encode())
+    let told = Told {
+        ms: now_ms,
+        boot_seconds: clock::boot_seconds(),
+        boot_id: clock::boot_id(),
+    };
+    (names::TIME, told.encode())
 }
 
 /// A time that the cloud told, and when in this device's life that was.
@@ -237,14 +242,6 @@ struct Told {
 }
 
 impl Told {
-    fn now(ms: u64) -> Self {
-        Self {
-            ms,
-            boot_seconds: clock::boot_seconds(),
-            boot_id: clock::boot_id(),
-        }
-    }
-
     fn encode(&self) -> Vec<u8> {
         let mut bytes = self.ms.to_be_bytes().to_vec();
         bytes.extend(self.boot_seconds.to_be_bytes());
@@ -413,14 +410,6 @@ mod tests {
     use common::pki::ClusterId;
     use common::pki::ca::Ca;
 
-    fn endpoint(host: &str) -> proto::Endpoint {
-        proto::Endpoint {
-            host: host.into(),
-            port: 10000,
-            transports: Vec::new(),
-        }
-    }
-
     #[test]
     fn the_time_that_was_told_goes_on_within_a_boot_and_stands_after_it() {
         let told = Told {
@@ -438,6 +427,14 @@ mod tests {
             ("", 160, 5_000),
         ] {
             assert_eq!(told.advanced(boot, seconds), expected, "{boot} {seconds}");
+        }
+    }
+
+    fn endpoint(host: &str) -> proto::Endpoint {
+        proto::Endpoint {
+            host: host.into(),
+            port: 10000,
+            transports: Vec::new(),
         }
     }
 

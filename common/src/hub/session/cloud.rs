@@ -42,6 +42,9 @@ const EARLY_BYTES: usize = 2 << 20;
 /// thousandth of one, so what is decoded is bounded and not what is read.
 const REPORTS_BYTES: usize = 1 << 20;
 
+/// Events of one message: eight times what an edge sends before it waits.
+const EVENTS_AT_ONCE: usize = 256;
+
 /// What should be at the edge, as the session reads it.
 pub trait CloudView {
     /// The cluster epoch this view belongs to.
@@ -288,6 +291,9 @@ impl CloudSession {
             }
             Body::Events(events) => {
                 self.require(Phase::Live, "Events")?;
+                if events.events.len() > EVENTS_AT_ONCE {
+                    return Err(ProtocolError::OutOfPlace("so many Events", "live"));
+                }
                 self.events.push_back(CloudEvent::Events(events.events));
             }
             Body::Request(request) => {
@@ -652,15 +658,23 @@ impl CloudSession {
             } else {
                 (&mut bulk, &mut due.bulk)
             };
-            if *room > 0 && *room + put.payload.len() > BATCH_BYTES {
+            // With its key: the answer "absent" has no payload, and is no frame without end.
+            let weight = put.encoded_len();
+            if *room > 0 && *room + weight > BATCH_BYTES {
                 due.fits_all = false;
                 continue;
             }
-            *room += put.payload.len();
+            *room += weight;
             list.push((key, put));
         }
+        let mut room = 0;
         for key in known.keys() {
             if view.hash(key).is_none() && !busy(key) && view.may_remove(key) {
+                if room > BATCH_BYTES {
+                    due.fits_all = false;
+                    break;
+                }
+                room += key.namespace.len() + key.name.len() + key.uid.len();
                 due.removes.push(key.clone());
             }
         }

@@ -43,7 +43,12 @@ impl CloudView for View {
     fn put(&self, key: &ObjectKey, _: Option<ContentHash>) -> Option<proto::Put> {
         let (object, _) = self.objects.get(key)?;
         let Content::Present(bytes) = &object.content else {
-            return None;
+            return Some(proto::Put {
+                key: key.to_string(),
+                hash: object.hash.0.to_vec(),
+                absent: true,
+                ..Default::default()
+            });
         };
         Some(proto::Put {
             key: key.to_string(),
@@ -240,4 +245,32 @@ fn what_overtakes_the_acknowledgement_is_bounded_in_bytes() {
     session.handle(large(), &view).unwrap();
     session.handle(large(), &view).unwrap();
     assert!(session.handle(large(), &view).is_err());
+}
+
+#[test]
+fn a_batch_of_names_alone_is_bounded_as_well() {
+    let mut view = View::new(1);
+    for n in 0..10_000 {
+        let key = ObjectKey::named(
+            Kind::Secret,
+            "shop",
+            &format!("the-name-of-a-secret-{n:05}"),
+        );
+        view.objects.insert(key.clone(), (Object::absent(key), 1));
+    }
+    let mut session = live(&view);
+    let mut rounds = 0;
+    for phase in 0..2 {
+        loop {
+            let sent = batches(&mut session);
+            let Some(batch) = sent.first() else { break };
+            assert!(sent.iter().all(|b| b.encoded_len() < 2 * BATCH_BYTES));
+            rounds += 1;
+            let ack = acked(batch, &view, Vec::new());
+            session.handle(ack, &view).unwrap();
+        }
+        assert!(rounds > 5 * (phase + 1), "{rounds}");
+        view.objects.clear();
+        session.pump(&view);
+    }
 }
