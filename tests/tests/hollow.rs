@@ -51,6 +51,9 @@ impl CloudView for View {
     fn marks(&self) -> Marks {
         Marks::from([(Kind::Pod, 5)])
     }
+    fn revision(&self, _: &ObjectKey) -> u64 {
+        5
+    }
     fn each(&self, visit: &mut dyn FnMut(&ObjectKey, &ContentHash)) {
         let (key, hash) = View::only();
         visit(&key, &hash);
