@@ -55,10 +55,10 @@ pub fn parse<T: DeserializeOwned>(file: &Path, text: &str) -> Result<T, ConfigEr
         .lines()
         .all(|l| l.trim().is_empty() || l.trim_start().starts_with('#'));
     let text = if empty { "{}" } else { text };
-    serde_saphyr::from_str(text).map_err(|e| explain(file, e.without_snippet()))
+    serde_saphyr::from_str(text).map_err(|e| explain(file, text, e.without_snippet()))
 }
 
-fn explain(file: &Path, error: &serde_saphyr::Error) -> ConfigError {
+fn explain(file: &Path, text: &str, error: &serde_saphyr::Error) -> ConfigError {
     let file = file.to_owned();
     match error {
         serde_saphyr::Error::SerdeUnknownField {
@@ -68,11 +68,24 @@ fn explain(file: &Path, error: &serde_saphyr::Error) -> ConfigError {
             unknown_key(&file, field, &known)
         }
         other => {
-            let text = other.to_string();
-            let problem = text.lines().next().unwrap_or_default().to_owned();
+            let said = other.to_string();
+            let problem = said.lines().next().unwrap_or_default();
+            let problem = match key_at(text, other) {
+                Some(key) => format!("{key}: {problem}"),
+                None => problem.to_owned(),
+            };
             ConfigError::Invalid { file, problem }
         }
     }
+}
+
+/// The key on the line that an error points at.
+fn key_at<'t>(text: &'t str, error: &serde_saphyr::Error) -> Option<&'t str> {
+    let line = usize::try_from(error.location()?.line()).ok()?;
+    let (key, _) = text.lines().nth(line.checked_sub(1)?)?.split_once(':')?;
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+    let key = key.trim();
+    (!key.is_empty() && key.chars().all(plain)).then_some(key)
 }
 
 /// The error for a key that a file may not have: with the name that was probably meant.
@@ -158,7 +171,7 @@ mod tests {
     fn a_mistyped_value_is_refused_with_its_place() {
         let error = sample("listen: x\ngraceDays: soon\n").unwrap_err();
         assert!(
-            error.contains("edge.yaml") && error.contains("line 2"),
+            error.contains("edge.yaml: graceDays: ") && error.contains("line 2"),
             "{error}"
         );
     }

@@ -147,11 +147,13 @@ pub struct Validity {
 }
 
 impl Validity {
-    /// Holds for `lifetime` from `now`, and a little before, since clocks differ.
+    /// Holds for `lifetime` from `now`, and a little before, since clocks differ: never so much
+    /// that a new certificate is already due for renewal.
     pub fn starting(now: UnixTime, lifetime: Duration) -> Self {
         let at = |s: u64| UnixTime::since_unix_epoch(Duration::from_secs(s));
+        let before = BACKDATE.min(lifetime / 10);
         Self {
-            not_before: at(now.as_secs().saturating_sub(BACKDATE.as_secs())),
+            not_before: at(now.as_secs().saturating_sub(before.as_secs())),
             not_after: at(now.as_secs().saturating_add(lifetime.as_secs())),
         }
     }
@@ -224,9 +226,15 @@ mod tests {
     #[test]
     fn a_validity_starts_a_little_early_and_never_overflows() {
         let now = UnixTime::since_unix_epoch(Duration::from_secs(1_000_000));
-        let v = Validity::starting(now, Duration::from_secs(100));
-        assert_eq!(v.not_before.as_secs(), 1_000_000 - 300);
-        assert_eq!(v.not_after.as_secs(), 1_000_100);
+        for (life, before) in [(86_400, 300), (100, 10), (5, 0)] {
+            let v = Validity::starting(now, Duration::from_secs(life));
+            assert_eq!(v.not_before.as_secs(), 1_000_000 - before);
+            assert_eq!(v.not_after.as_secs(), 1_000_000 + life);
+            assert!(
+                rotation_due(v, 0) > now || life < 10,
+                "{life} s are due at once"
+            );
+        }
         let start = UnixTime::since_unix_epoch(Duration::ZERO);
         assert_eq!(
             Validity::starting(start, Duration::MAX)

@@ -22,6 +22,7 @@ use common::hub::tls::ClientIdentity;
 use common::hub::transport::{Connection, LinkConfig, Refusal, TransportError, TransportKind};
 use common::telemetry::chain;
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
@@ -96,6 +97,8 @@ pub struct Task {
     deps: Deps,
     backoff: Backoff,
     remembered: Option<TransportKind>,
+    /// When a certificate may be asked for again over a session.
+    renew_from: Instant,
 }
 
 impl Task {
@@ -104,6 +107,7 @@ impl Task {
             deps,
             backoff: Backoff::new(FIRST_WAIT, LONGEST_WAIT),
             remembered: None,
+            renew_from: Instant::now(),
         }
     }
 
@@ -141,7 +145,7 @@ impl Task {
         };
         info!(transport = %connection.kind(), remote = %connection.remote_address(), "connected");
         self.remembered = Some(connection.kind());
-        let mut renewal = Renewal::new(self.deps.store.clone(), &identity);
+        let mut renewal = Renewal::new(self.deps.store.clone(), &identity, self.renew_from);
         let state = match self.state(&identity) {
             Ok(state) => state,
             Err(error) => return self.lost(&error),
@@ -159,6 +163,9 @@ impl Task {
         let (end, proved) = session::run(&connection, deps).await;
         if proved {
             self.backoff.reset();
+        }
+        if matches!(end, SessionEnd::Renewed) {
+            self.renew_from = Instant::now() + identity.renewal_pause();
         }
         // With TLS 1.3 the cloud judges the certificate after this end is connected.
         if end.expired() {

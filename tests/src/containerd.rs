@@ -31,11 +31,22 @@ pub enum Flavour {
 pub struct Containerd {
     process: Inside,
     ctr: PathBuf,
+    socket: String,
 }
 
 impl Containerd {
     /// Starts it, waits until it answers, imports the images.
     pub fn start(machine: &Machine, flavour: Flavour, images_dir: &Path) -> Result<Containerd> {
+        Containerd::start_as(machine, flavour, images_dir, "containerd")
+    }
+
+    /// As [`Containerd::start`], with a name of its own: one beside another on one machine.
+    pub fn start_as(
+        machine: &Machine,
+        flavour: Flavour,
+        images_dir: &Path,
+        name: &str,
+    ) -> Result<Containerd> {
         let (daemon, ctr) = match flavour {
             Flavour::Packaged => (programs::on_path("containerd")?, programs::on_path("ctr")?),
             Flavour::Built => {
@@ -44,16 +55,22 @@ impl Containerd {
                 (daemon, programs::ensure("ctr", CONTAINERD)?)
             }
         };
-        let home = machine.dir.join("containerd");
+        let home = machine.dir.join(name);
         fs::create_dir_all(&home)?;
         let config = home.join("config.toml");
-        fs::write(&config, configuration(&home.join("root")))?;
+        let run_dir = format!("/run/{name}");
+        fs::write(&config, configuration(&home.join("root"), &run_dir))?;
         let program = daemon.to_str().context("path of containerd")?;
         let path = search_path(&daemon)?;
         let process = machine.spawn(program, |command| {
             command.arg("--config").arg(&config).env("PATH", path);
         })?;
-        let mut containerd = Containerd { process, ctr };
+        let socket = format!("{run_dir}/containerd.sock");
+        let mut containerd = Containerd {
+            process,
+            ctr,
+            socket,
+        };
         wait_for("containerd", Duration::from_secs(30), || {
             containerd.process.ensure_running()?;
             containerd.ctr(machine, &["version"])
@@ -67,7 +84,14 @@ impl Containerd {
     /// Runs `ctr` in the namespace of the CRI.
     pub fn ctr(&self, machine: &Machine, words: &[&str]) -> Result<String> {
         let program = self.ctr.to_str().context("path of ctr")?;
-        run(machine.command(program)?.args(["-n", "k8s.io"]).args(words))
+        let mut command = machine.command(program)?;
+        command.args(["--address", &self.socket, "-n", "k8s.io"]);
+        run(command.args(words))
+    }
+
+    /// Where it listens, as `--cri` takes it.
+    pub fn endpoint(&self) -> String {
+        format!("unix://{}", self.socket)
     }
 
     /// Kills the daemon. Containers go on under their shims.
@@ -85,15 +109,15 @@ impl Containerd {
 ///
 /// `restrict_oom_score_adj`: without CAP_SYS_RESOURCE no sandbox starts (its first process ends
 /// before it says its id), and plain `ctr run` does not show why.
-fn configuration(root: &Path) -> String {
+fn configuration(root: &Path, run_dir: &str) -> String {
     format!(
         r#"version = 2
 root = "{root}"
-state = "/run/containerd/state"
+state = "{run_dir}/state"
 disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.aufs"]
 
 [grpc]
-  address = "{SOCKET}"
+  address = "{run_dir}/containerd.sock"
 
 [plugins."io.containerd.grpc.v1.cri"]
   sandbox_image = "{pause}"

@@ -187,7 +187,7 @@ impl Edge {
     }
 
     /// The image archive is made once for all machines of a testbed.
-    fn images_dir(&self) -> Result<&std::path::Path> {
+    pub fn images_dir(&self) -> Result<&std::path::Path> {
         self.machine
             .dir
             .parent()

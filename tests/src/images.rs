@@ -7,11 +7,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use crate::bed::run;
+use crate::bed::{lock, run};
 
 pub const BUSYBOX: &str = "docker.io/local/busybox:1";
 pub const PAUSE: &str = "docker.io/local/pause:1";
@@ -28,6 +29,9 @@ int main(void) { signal(SIGINT, end); signal(SIGTERM, end); signal(SIGCHLD, reap
 
 /// Writes `images.tar` to `dir`, unless it is there, and gives its path.
 pub fn archive(dir: &Path) -> Result<PathBuf> {
+    // Tests that run beside each other share it: one of them makes it, none sees half of it.
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = lock(&TURN);
     let path = dir.join("images.tar");
     if path.is_file() {
         return Ok(path);
@@ -35,7 +39,9 @@ pub fn archive(dir: &Path) -> Result<PathBuf> {
     let mut layout = Layout::default();
     layout.image(BUSYBOX, &busybox_layer()?, &["/bin/sh"])?;
     layout.image(PAUSE, &pause_layer(dir)?, &["/pause"])?;
-    fs::write(&path, layout.finish()?).with_context(|| format!("write {}", path.display()))?;
+    let part = dir.join("images.tar.part");
+    fs::write(&part, layout.finish()?).with_context(|| format!("write {}", part.display()))?;
+    fs::rename(&part, &path)?;
     Ok(path)
 }
 

@@ -45,9 +45,16 @@ pub fn up(dir: &Path, example: &Path) -> Result<()> {
         .map(PathBuf::from);
     let bed = Arc::new(Bed::kept(dir)?);
     let backbone = Backbone::build(&bed)?;
+    let ours = foreign.is_none();
     let kubectl = control_plane(&bed, foreign)?;
     progress("cloudcore: install, run");
-    let cloud = Cloud::start(&bed, &kubectl.kubeconfig)?;
+    let mut cloud = Cloud::prepared(&bed, &kubectl.kubeconfig)?;
+    if ours {
+        // There is no other node: what somebody tries next must land on this one.
+        cloud.set_flags(&["--taint-nodes=false"]);
+    }
+    cloud.command(&["install"])?;
+    cloud.resume()?;
     progress(&format!(
         "edge machine {NODE} behind NAT: containerd, edgecore --join"
     ));

@@ -10,10 +10,18 @@
 
 #[path = "system/autonomy.rs"]
 mod autonomy;
+#[path = "system/beside.rs"]
+mod beside;
+#[path = "system/birth.rs"]
+mod birth;
+#[path = "system/commands.rs"]
+mod commands;
 #[path = "system/compat.rs"]
 mod compat;
 #[path = "system/join.rs"]
 mod join;
+#[path = "system/life.rs"]
+mod life;
 #[path = "system/link.rs"]
 mod link;
 #[path = "system/pods.rs"]
@@ -22,6 +30,8 @@ mod pods;
 mod recovery;
 #[path = "system/revoke.rs"]
 mod revoke;
+#[path = "system/trust.rs"]
+mod trust;
 
 use std::sync::OnceLock;
 

@@ -52,6 +52,17 @@ fn transport(config: &LinkConfig, side: Side) -> Arc<quinn::TransportConfig> {
             Side::Dialler => Some(config.keep_alive),
             Side::Listener => None,
         })
+        // A device sends one datagram and then sleeps. Answered after the usual 25 ms, the answer
+        // meets the device's probe timer, which sends the datagram again: answered at once, a
+        // keep-alive is two datagrams and not four.
+        .ack_frequency_config(match side {
+            Side::Dialler => {
+                let mut at_once = quinn::AckFrequencyConfig::default();
+                at_once.ack_eliciting_threshold(0u32.into());
+                Some(at_once)
+            }
+            Side::Listener => None,
+        })
         .mtu_discovery_config(config.mtu_discovery.then(MtuDiscoveryConfig::default))
         .datagram_receive_buffer_size(None)
         .datagram_send_buffer_size(0)

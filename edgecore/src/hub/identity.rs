@@ -116,6 +116,14 @@ impl Identity {
         Ok(target)
     }
 
+    /// The least time between two renewals: a device whose clock is years ahead finds each new
+    /// certificate due, and must not make the cloud sign one in each session.
+    pub fn renewal_pause(&self) -> Duration {
+        let life = self.says.not_after.as_secs();
+        let life = life.saturating_sub(self.says.not_before.as_secs());
+        RENEW_AGAIN.min(Duration::from_secs(life / 2))
+    }
+
     /// Whether the certificate has run out, as far as this device can tell the time.
     pub fn expired(&self, store: &Store) -> bool {
         u128::from(self.says.not_after.as_secs()) * 1000 < u128::from(now_ms(store))
@@ -198,7 +206,7 @@ pub fn keep_joined(
     }
     .encode_to_vec();
     let link = joined.link.clone().unwrap_or_default().encode_to_vec();
-    let time = joined.now_ms.to_be_bytes();
+    let (_, time) = time_record(joined.now_ms);
     let mut values: Vec<(&str, &[u8])> = vec![
         (names::CHAIN, &chain),
         (names::NODE, joined.node_name.as_bytes()),
@@ -217,14 +225,57 @@ pub fn keep_joined(
 
 /// The record of the cloud's clock, as an authenticated session showed it.
 pub fn time_record(now_ms: u64) -> (&'static str, Vec<u8>) {
-    (names::TIME, now_ms.to_be_bytes().to_vec())
+    let told = Told {
+        ms: now_ms,
+        boot_seconds: clock::boot_seconds(),
+        boot_id: clock::boot_id(),
+    };
+    (names::TIME, told.encode())
 }
 
-/// The last time that the cloud told, milliseconds since 1970; 0 when it never did.
+/// A time that the cloud told, and when in this device's life that was.
+#[derive(Debug, PartialEq, Eq)]
+struct Told {
+    ms: u64,
+    boot_seconds: u64,
+    boot_id: String,
+}
+
+impl Told {
+    fn encode(&self) -> Vec<u8> {
+        let mut bytes = self.ms.to_be_bytes().to_vec();
+        bytes.extend(self.boot_seconds.to_be_bytes());
+        bytes.extend(self.boot_id.as_bytes());
+        bytes
+    }
+
+    /// `None` of a record that is cut short.
+    fn decode(bytes: &[u8]) -> Option<Self> {
+        let (ms, rest) = bytes.split_first_chunk()?;
+        let (boot_seconds, boot_id) = rest.split_first_chunk()?;
+        Some(Self {
+            ms: u64::from_be_bytes(*ms),
+            boot_seconds: u64::from_be_bytes(*boot_seconds),
+            boot_id: String::from_utf8_lossy(boot_id).into_owned(),
+        })
+    }
+
+    /// The time has passed since, and within one boot this device knows how much.
+    fn advanced(&self, boot_id: &str, boot_seconds: u64) -> u64 {
+        let same = !boot_id.is_empty() && self.boot_id == boot_id;
+        let passed = boot_seconds.saturating_sub(self.boot_seconds);
+        let passed = if same { passed } else { 0 };
+        self.ms.saturating_add(passed.saturating_mul(1000))
+    }
+}
+
+/// The latest time that the cloud told, and what has passed of this boot since, milliseconds since
+/// 1970; 0 when it never did.
 pub fn authenticated_ms(store: &Store) -> u64 {
     let kept = store.meta().get(names::TIME).ok().flatten();
-    kept.and_then(|b| b.try_into().ok())
-        .map_or(0, u64::from_be_bytes)
+    kept.and_then(|b| Told::decode(&b)).map_or(0, |told| {
+        told.advanced(&clock::boot_id(), clock::boot_seconds())
+    })
 }
 
 /// The best this device knows of the time: its clock where that is kept right, else the latest
@@ -258,7 +309,8 @@ pub struct Renewal {
 }
 
 impl Renewal {
-    pub fn new(store: Store, identity: &Identity) -> Self {
+    /// Asks at `not_before` at the earliest, whatever the dates say.
+    pub fn new(store: Store, identity: &Identity, not_before: Instant) -> Self {
         let validity = Validity {
             not_before: identity.says.not_before,
             not_after: identity.says.not_after,
@@ -267,7 +319,7 @@ impl Renewal {
         Self {
             store,
             due_ms,
-            not_before: Instant::now(),
+            not_before,
         }
     }
 
@@ -351,6 +403,26 @@ fn request(store: &Store) -> Result<Vec<u8>, IdentityError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_time_that_was_told_goes_on_within_a_boot_and_stands_after_it() {
+        let told = Told {
+            ms: 5_000,
+            boot_seconds: 100,
+            boot_id: "a".into(),
+        };
+        assert_eq!(Told::decode(&told.encode()).as_ref(), Some(&told));
+        assert_eq!(Told::decode(&[1, 2, 3]), None);
+        for (boot, seconds, expected) in [
+            ("a", 100, 5_000),
+            ("a", 160, 65_000),
+            ("a", 40, 5_000),
+            ("b", 160, 5_000),
+            ("", 160, 5_000),
+        ] {
+            assert_eq!(told.advanced(boot, seconds), expected, "{boot} {seconds}");
+        }
+    }
     use common::hub::tls::Clock;
     use common::pki::ClusterId;
     use common::pki::ca::Ca;

@@ -37,7 +37,9 @@ use crate::store::reports::{PodReport, Reports};
 mod reading;
 mod waits;
 
-use reading::{contents, deadline_left, intent, last_words, references, restless, target};
+use reading::{
+    contents, deadline_left, intent, labelled, last_words, references, restless, target,
+};
 
 /// Where the time comes from; tests bring their own.
 pub type Clock = Arc<dyn Fn() -> Now + Send + Sync>;
@@ -77,6 +79,8 @@ pub struct Worker {
     failed: Option<Failed>,
     /// What the Pod's references looked like when its volumes were last brought up to date.
     references: Vec<ContentHash>,
+    /// The labels and annotations that its volumes were last made with.
+    labelled: ContentHash,
     /// The Pod's references, as its spec names them.
     refers_to: Vec<ObjectKey>,
     /// Something that the Pod refers to has not come yet.
@@ -119,6 +123,7 @@ impl Worker {
             said,
             failed: None,
             references: Vec::new(),
+            labelled: ContentHash::default(),
             refers_to: Vec::new(),
             waits_for_objects: false,
             said_gone,
@@ -407,7 +412,7 @@ impl Worker {
         self.refers_to = references(pod);
         let known = intent.ends() || env::references_known(pod, &self.shared.desired).is_ok();
         self.waits_for_objects = !known;
-        self.refresh_volumes(intent, now);
+        self.refresh_volumes(pod, intent, now);
         let mut steps = plan.steps.clone();
         if intent == Intent::Run && self.memory.granted && !self.memory.volumes {
             // `refresh_volumes` may have asked for them after the plan was made.
@@ -437,6 +442,7 @@ impl Worker {
                         continue;
                     }
                     self.references = contents(&self.refers_to, &self.shared.desired);
+                    self.labelled = labelled(&pod);
                 }
                 Step::Start { container, .. } => {
                     if let Some(crashes) = plan.crashes.get(container) {
@@ -548,13 +554,14 @@ impl Worker {
         self.memory.retries.insert(step, retry);
     }
 
-    /// Volumes are brought up to date when what the Pod refers to changed, or a token is due.
-    fn refresh_volumes(&mut self, intent: Intent, now: Now) {
+    /// Volumes are brought up to date when what the Pod refers to or is labelled with changed, or
+    /// a token is due.
+    fn refresh_volumes(&mut self, pod: &Pod, intent: Intent, now: Now) {
         if intent != Intent::Run || !self.memory.volumes {
             return;
         }
         let due = self.refresh_at.is_some_and(|at| at <= now.mono);
-        if due || self.concerned() {
+        if due || self.concerned() || labelled(pod) != self.labelled {
             self.memory.volumes = false;
             self.refresh_at = None;
             // What waited for an object need not wait any longer.

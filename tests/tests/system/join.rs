@@ -171,6 +171,44 @@ fn a_token_for_one_name_serves_no_other() -> Result<()> {
 }
 
 #[test]
+fn a_token_admits_as_many_devices_as_it_says_and_gives_their_nodes_its_taints() -> Result<()> {
+    let world = world()?;
+    let _peace = world.in_peace();
+    let flags = ["--uses", "2", "--taints", "shop=7:NoExecute"];
+    let invitation = world.cloud().invite(&flags)?;
+    let mut edges = [world.machine("uses-1")?, world.machine("uses-2")?];
+    for edge in &mut edges {
+        edge.join(&invitation)?;
+        let node = world.node_ready(edge)?;
+        let taints = node["spec"]["taints"].to_string();
+        ensure!(
+            taints.contains(r#""effect":"NoExecute","key":"shop""#),
+            "{taints}"
+        );
+    }
+    let mut third = Edge::bare(&world.backbone, "uses-3")?;
+    let (_, said) = third.join_refused(&invitation.join, &invitation.token)?;
+    ensure!(said.contains("2 of 2"), "{said}");
+
+    // A token that was ended admits nobody, and who joined with it stays.
+    let id = said
+        .split_whitespace()
+        .skip_while(|word| *word != "token")
+        .nth(1)
+        .context("the token's id")?
+        .to_owned();
+    world.cloud().command(&["token", "revoke", &id])?;
+    let list = world.cloud().command(&["token", "list"])?;
+    ensure!(!list.contains(&id), "{list}");
+    for edge in &mut edges {
+        edge.kill();
+        edge.start()?;
+        world.node_ready(edge)?;
+    }
+    Ok(())
+}
+
+#[test]
 fn a_node_deleted_by_somebody_else_is_made_again_and_its_pods_go_on() -> Result<()> {
     let world = world()?;
     let _peace = world.in_peace();
@@ -179,6 +217,14 @@ fn a_node_deleted_by_somebody_else_is_made_again_and_its_pods_go_on() -> Result<
         .kubectl
         .apply(&testbed::world::shell_pod("remade-pod", "remade", "sleep 1000").to_string())?;
     let pod = world.pod_running(&edge, "remade-pod")?;
+    // What an operator has said of the Node is not forgotten with it.
+    world
+        .kubectl
+        .ok(&["label", "node", "remade", "team=blue"])?;
+    world
+        .kubectl
+        .ok(&["taint", "node", "remade", "keep=out:NoSchedule"])?;
+    world.kubectl.ok(&["cordon", "remade"])?;
     let old = world.kubectl.json(&["get", "node", "remade"])?;
     world
         .kubectl
@@ -192,7 +238,16 @@ fn a_node_deleted_by_somebody_else_is_made_again_and_its_pods_go_on() -> Result<
         Ok(())
     })
     .with_context(|| world.story(&edge))?;
-    world.node_ready(&mut edge)?;
+    let node = world.node_ready(&mut edge)?;
+    ensure!(node["metadata"]["labels"]["team"] == "blue", "{node}");
+    ensure!(node["spec"]["unschedulable"] == true, "{}", node["spec"]);
+    let taints = node["spec"]["taints"].to_string();
+    ensure!(taints.contains("\"keep\""), "{taints}");
+    ensure!(
+        node["spec"]["providerID"] == old["spec"]["providerID"],
+        "{}",
+        node["spec"]
+    );
     let after = world.pod_running(&edge, "remade-pod")?;
     ensure!(
         after["metadata"]["uid"] == pod["metadata"]["uid"],

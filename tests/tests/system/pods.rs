@@ -156,6 +156,14 @@ fn a_secret_is_mounted_and_a_missing_one_is_waited_for() -> Result<()> {
     ])?;
     world.pod_running(&edge, "secret-pod")?;
     ensure!(world.in_pod(&edge, "secret-pod", &["/bin/cat", "/key/word"])? == "sesame");
+    // CloudCore itself may not read it: it asked as the node, which a Pod that names it entitles.
+    let account = "system:serviceaccount:edge-system:cloudcore";
+    for what in ["secrets", "secret/the-key"] {
+        let said = world
+            .kubectl
+            .run(&["auth", "can-i", "get", what, "--as", account])?;
+        ensure!(said.stdout.trim() == "no", "{what}: {}", said.stdout);
+    }
     ensure!(
         !world.cloud().text().contains("sesame") && !edge.text().contains("sesame"),
         "a Secret's value is in a log"

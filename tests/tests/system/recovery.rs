@@ -1,5 +1,7 @@
 //! Parts of the cloud end and come back; the edges do not mind.
 
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -67,4 +69,100 @@ fn a_runtime_that_comes_late_is_reported_and_then_used() -> Result<()> {
         .apply(&shell_pod("late-pod", "late-runtime", "sleep 1000").to_string())?;
     world.pod_running(&edge, "late-pod")?;
     Ok(())
+}
+
+#[test]
+fn a_runtime_that_goes_away_is_reported_and_the_pods_go_on() -> Result<()> {
+    let world = world()?;
+    let _peace = world.in_peace();
+    let mut edge = world.edge("lost-runtime")?;
+    world
+        .kubectl
+        .apply(&shell_pod("stays-1", "lost-runtime", "sleep 1000").to_string())?;
+    let before = world.pod_running(&edge, "stays-1")?;
+    edge.containerd.as_mut().context("a runtime")?.kill();
+    wait_for("a Node that says that its runtime is away", SOON, || {
+        edge.ensure_running()?;
+        let node = world.kubectl.json(&["get", "node", "lost-runtime"])?;
+        let conditions = node["status"]["conditions"].as_array();
+        let ready = conditions
+            .into_iter()
+            .flatten()
+            .find(|condition| condition["type"] == "Ready")
+            .context("no condition")?;
+        ensure!(ready["status"] == "False", "{ready}");
+        let told = ready["message"].as_str().unwrap_or_default();
+        ensure!(told.contains("runtime"), "{ready}");
+        Ok(())
+    })
+    .with_context(|| world.story(&edge))?;
+    edge.start_runtime()?;
+    world.node_ready(&mut edge)?;
+    world
+        .kubectl
+        .apply(&shell_pod("stays-2", "lost-runtime", "sleep 1000").to_string())?;
+    world.pod_running(&edge, "stays-2")?;
+    let after = world.pod_running(&edge, "stays-1")?;
+    ensure!(
+        container_id(&before)? == container_id(&after)?,
+        "the container was replaced"
+    );
+    Ok(())
+}
+
+#[test]
+fn the_admin_endpoint_shows_every_session_and_its_figures() -> Result<()> {
+    let world = world()?;
+    let _peace = world.in_peace();
+    let edge = world.edge("shown")?;
+    let admin = world.cloud().admin;
+    let fetch = |path: &str| get(admin, path);
+    for path in ["/healthz", "/readyz"] {
+        let said = fetch(path)?;
+        ensure!(said.ends_with("ok") || said.ends_with("ok\n"), "{said}");
+    }
+    wait_for("the session", SOON, || {
+        let said = fetch("/sessions")?;
+        ensure!(said.contains("\"node\":\"shown\""), "{said}");
+        Ok(())
+    })
+    .with_context(|| world.story(&edge))?;
+    let metrics = fetch("/metrics")?;
+    for name in [
+        "cloudcore_sessions{transport=\"quic\"}",
+        "cloudcore_hub_bytes_total{direction=\"sent\",class=\"status\"}",
+        "cloudcore_hub_frames_total{direction=\"received\",class=\"control\"}",
+        "cloudcore_resume_bytes_sum",
+        "cloudcore_queued_bytes",
+        "cloudcore_upstream_waiting",
+    ] {
+        let value = metrics
+            .lines()
+            .find_map(|line| line.strip_prefix(name))
+            .with_context(|| format!("no {name}: {metrics}"))?;
+        let _: f64 = value.trim().parse().context("a figure")?;
+    }
+    // It only looks: nothing can be changed by it.
+    let answer = ask(
+        admin,
+        "POST /sessions HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n",
+    )?;
+    ensure!(!answer.starts_with("HTTP/1.1 2"), "{answer}");
+    Ok(())
+}
+
+/// The answer, head included.
+fn get(at: SocketAddr, path: &str) -> Result<String> {
+    let answer = ask(at, &format!("GET {path} HTTP/1.1\r\nHost: a\r\n"))?;
+    ensure!(answer.starts_with("HTTP/1.1 200"), "{path}: {answer}");
+    Ok(answer)
+}
+
+fn ask(at: SocketAddr, head: &str) -> Result<String> {
+    let mut stream = TcpStream::connect(at)?;
+    stream.set_read_timeout(Some(SOON))?;
+    stream.write_all(format!("{head}Connection: close\r\n\r\n").as_bytes())?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
 }

@@ -102,6 +102,13 @@ pub(super) fn contents(keys: &[ObjectKey], desired: &Desired) -> Vec<ContentHash
     keys.iter().map(content).collect()
 }
 
+/// What the downward API shows of a Pod and may change while it runs.
+pub(super) fn labelled(pod: &Pod) -> ContentHash {
+    let shown = (&pod.metadata.labels, &pod.metadata.annotations);
+    let bytes = serde_json::to_vec(&shown).unwrap_or_default();
+    ContentHash::of(&Content::Present(bytes.into()))
+}
+
 pub(super) fn last_words(volumes: &Volumes, paths: &Paths, pod: &Pod, c: &ContainerSeen) -> String {
     let all = plan::inits(pod).iter().chain(plan::mains(pod));
     let spec = all.into_iter().find(|s| s.name == c.name).cloned();

@@ -679,3 +679,27 @@ async fn a_device_at_rest_asks_its_runtime_rarely() {
     let looks = d.fake.count_looks();
     assert!(looks <= 30, "{looks} calls in a minute at rest");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_label_that_changes_is_in_the_file_at_once_and_restarts_nothing() {
+    let d = Device::new();
+    let _agent = d.start();
+    let mut labelled = pod("web", "u1");
+    labelled["metadata"]["labels"] = json!({"tier": "front"});
+    labelled["spec"]["volumes"] = json!([{"name": "down", "downwardAPI": {"items": [
+        {"path": "labels", "fieldRef": {"fieldPath": "metadata.labels"}},
+    ]}}]);
+    labelled["spec"]["containers"][0]["volumeMounts"] =
+        json!([{"name": "down", "mountPath": "/down"}]);
+    let key = d.put(&labelled);
+    d.until("running", || d.phase(&key) == "Running").await;
+    let file = "agent/pods/u1/volumes/kubernetes.io~downward-api/down/labels";
+    let read = || std::fs::read_to_string(d.dir.path().join(file)).unwrap_or_default();
+    assert_eq!(read(), "tier=\"front\"");
+
+    labelled["metadata"]["labels"]["tier"] = json!("back");
+    d.put(&labelled);
+    let took = d.until("the new label", || read() == "tier=\"back\"").await;
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    assert_eq!(d.status(&key)["containerStatuses"][0]["restartCount"], 0);
+}
