@@ -535,7 +535,8 @@ fn event(sequence: u64, name: &str, message: &str) -> proto::Event {
         reason: "Pulled".into(),
         message: message.into(),
         count: 1,
-        first_ms: 1_700_000_000_000,
+        // Each an occurrence of its own: a count with the same beginning is the same one, told again.
+        first_ms: 1_700_000_000_000 + sequence as i64,
         last_ms: 1_700_000_000_000 + sequence as i64,
     }
 }
