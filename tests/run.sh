@@ -30,5 +30,8 @@ step "control planes (built once, then kept)"
 target=${CARGO_TARGET_DIR:-target}
 "$target/debug/testbed" build --k8s 1.37
 "$target/debug/testbed" build --k8s 1.33
+step "examples in the documentation"
+cargo test --workspace --doc --quiet
+# The whole-system tests come last, so that their summary ends the run.
 step "tests"
-cargo test --workspace "$@"
+cargo test --workspace --all-targets "$@"

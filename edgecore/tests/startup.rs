@@ -1,6 +1,8 @@
 //! What the program says and does when it is started on a device that has joined, and something is
 //! not as it should be. No cloud and no container runtime are there.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};

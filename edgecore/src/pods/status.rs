@@ -116,6 +116,14 @@ pub fn pod_status(input: &Input<'_>) -> PodStatus {
         (None, _) => (None, None),
     };
     out.conditions = Some(conditions(input, &out));
+    let spoken_of = previous.is_some_and(|p| p.container_statuses.is_some());
+    if is_terminal(Some(&phase)) && input.observed.containers.is_empty() && !spoken_of {
+        // A Pod that was refused has no containers that could be "creating": `kubectl get` would
+        // show that instead of the reason.
+        out.init_container_statuses = None;
+        out.container_statuses = None;
+        out.ephemeral_container_statuses = None;
+    }
     out
 }
 

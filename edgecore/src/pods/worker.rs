@@ -252,7 +252,10 @@ impl Worker {
         // What was said to be gone is not taken back because this agent has just started.
         let empty = observed.containers.is_empty() && observed.sandboxes.is_empty();
         let gone = intent == Intent::Delete && (plan.gone || self.said_gone && empty);
-        self.say(status, gone);
+        // The first word of a Pod is whether it was admitted: it is known in a moment.
+        if self.said.is_some() || !self.memory.underway.contains(&Step::Grant) {
+            self.say(status, gone);
+        }
         if let Some(settles) = self.set_lively(&pod, intent, &observed, &plan, now) {
             wait = Some(wait.map_or(settles, |w| w.min(settles)));
         }

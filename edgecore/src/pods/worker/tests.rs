@@ -103,7 +103,11 @@ async fn a_pod_that_asks_for_more_than_there_is_fails_and_the_next_one_runs() {
     let small = d.put(&pod("small", "u2"));
     d.until("running", || d.phase(&small) == "Running").await;
     d.until("failed", || d.phase(&large) == "Failed").await;
-    assert_eq!(d.status(&large)["reason"], "OutOfmemory");
+    let status = d.status(&large);
+    assert_eq!(status["reason"], "OutOfmemory");
+    // `kubectl get pods` would show a container's waiting instead of the reason.
+    assert_eq!(status["containerStatuses"], json!(null));
+    assert_eq!(condition(&status, "Ready"), "False");
 }
 
 #[tokio::test(start_paused = true)]
