@@ -132,6 +132,11 @@ struct View<'a> {
     incarnation: [u8; 16],
 }
 
+fn marks(revision: u64) -> Marks {
+    let kinds = [Kind::Pod, Kind::ConfigMap, Kind::Secret];
+    kinds.map(|kind| (kind, revision)).into()
+}
+
 fn epoch_id(n: u64) -> [u8; 16] {
     u128::from(n + 1).to_be_bytes()
 }
@@ -141,7 +146,7 @@ impl CloudView for View<'_> {
         epoch_id(self.epoch)
     }
     fn marks(&self) -> Marks {
-        [(Kind::Pod, self.revision)].into()
+        marks(self.revision)
     }
     fn revision(&self, _: &ObjectKey) -> u64 {
         self.revision
@@ -574,7 +579,7 @@ impl World {
                 CloudEvent::Behind { committed } => {
                     // A consistent list; if that is older too, the cluster was restored.
                     let now = self.cluster.revision();
-                    if behind(&[(Kind::Pod, now)].into(), &committed).is_some() {
+                    if behind(&marks(now), &committed).is_some() {
                         self.cluster.epoch += 1;
                     }
                     let r = &mut self.replicas[replica];

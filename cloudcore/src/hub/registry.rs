@@ -79,12 +79,15 @@ impl SessionEntry {
 #[derive(Clone, Default)]
 pub struct Registry {
     sessions: Arc<Mutex<Sessions>>,
-    arriving: Arc<Mutex<HashMap<KeyId, VecDeque<(u64, CancellationToken)>>>>,
+    arriving: Arc<Mutex<Arriving>>,
     next: Arc<AtomicU64>,
     resumes: Arc<(AtomicU64, AtomicU64)>,
     /// The store incarnation that each node's reports belong to: bounded by the enrolled nodes.
     incarnations: Arc<Mutex<HashMap<NodeName, [u8; 16]>>>,
 }
+
+/// The places taken of each key, oldest first.
+type Arriving = HashMap<KeyId, VecDeque<(u64, CancellationToken)>>;
 
 #[derive(Default)]
 struct Sessions {
@@ -128,7 +131,7 @@ impl Registry {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn arriving(&self) -> MutexGuard<'_, HashMap<KeyId, VecDeque<(u64, CancellationToken)>>> {
+    fn arriving(&self) -> MutexGuard<'_, Arriving> {
         self.arriving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -734,10 +734,15 @@ impl CloudSession {
             // Marks count from the epoch's beginning.
             self.floor.clear();
         }
-        let revisions = puts.iter().map(|(key, _)| (key.kind, view.revision(key)));
-        for (kind, revision) in view.marks().into_iter().chain(revisions) {
+        for (kind, revision) in view.marks() {
             let mark = self.floor.entry(kind).or_default();
             *mark = revision.max(*mark);
+        }
+        for (key, _) in puts {
+            // Of a kind that the view does not mark, no view could ever be new enough.
+            if let Some(mark) = self.floor.get_mut(&key.kind) {
+                *mark = view.revision(key).max(*mark);
+            }
         }
     }
 }
