@@ -67,11 +67,11 @@ impl LinkError {
     }
 }
 
-/// Keep-alives that notice a dead link in time: two fit into the deadline.
+/// Keep-alives that notice a dead link in time, with room for one that is lost.
 fn link_config(dead_after: Duration) -> LinkConfig {
     let usual = LinkConfig::default();
     LinkConfig {
-        keep_alive: usual.keep_alive.min(dead_after / 2),
+        keep_alive: usual.keep_alive.min(dead_after / 3),
         ping_every: usual.ping_every.min(dead_after.mul_f64(0.45)),
         dead_after,
         ..usual

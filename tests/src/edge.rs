@@ -108,7 +108,9 @@ impl Edge {
         let code = process
             .wait(Duration::from_secs(60))
             .with_context(|| process.tail(20));
-        let said = process.text().split_off(before);
+        // Between two looks a character of several bytes may have been half written.
+        let text = process.text();
+        let said = text.get(before..).unwrap_or(&text).to_owned();
         if code.is_err() {
             process.kill();
         }

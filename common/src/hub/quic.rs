@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{EndpointConfig, IdleTimeout, MtuDiscoveryConfig, VarInt};
+use quinn_proto::HashedConnectionIdGenerator;
 use rustls_pki_types::CertificateDer;
 
 use super::mux::Side;
@@ -22,10 +23,15 @@ const MAX_INCOMING: usize = 512;
 /// processes, so that a device whose cloud was killed hears so at its next datagram instead of
 /// waiting for silence. Connection ids that name a replica come in here.
 pub(super) fn listening_config(reset_key: &[u8; 32]) -> EndpointConfig {
-    EndpointConfig::new(Arc::new(ring::hmac::Key::new(
-        ring::hmac::HMAC_SHA256,
-        reset_key,
-    )))
+    let key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, reset_key);
+    // The generator tells its own ids from noise, and only those are answered.
+    let tag = ring::hmac::sign(&key, b"connection ids");
+    let mut id_key = [0; 8];
+    id_key.copy_from_slice(&tag.as_ref()[..8]);
+    let id_key = u64::from_be_bytes(id_key);
+    let mut config = EndpointConfig::new(Arc::new(key));
+    config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(id_key)));
+    config
 }
 
 fn transport(config: &LinkConfig, side: Side) -> Arc<quinn::TransportConfig> {
@@ -34,7 +40,12 @@ fn transport(config: &LinkConfig, side: Side) -> Arc<quinn::TransportConfig> {
     // With less, stalled streams use up the connection's window and freeze the rest.
     let window = both * u64::from(config.stream_window);
     let window_varint = VarInt::from_u64(window).unwrap_or(VarInt::MAX);
-    let idle = IdleTimeout::try_from(config.dead_after).unwrap_or(VarInt::from_u32(45_000).into());
+    // The first keep-alive after the last answer starts the wait anew.
+    let silence = match side {
+        Side::Dialler => config.dead_after.saturating_sub(config.keep_alive),
+        Side::Listener => config.dead_after,
+    };
+    let idle = IdleTimeout::try_from(silence).unwrap_or(VarInt::from_u32(45_000).into());
     let mut t = quinn::TransportConfig::default();
     t.max_concurrent_bidi_streams(u32::from(theirs).into())
         .max_concurrent_uni_streams(match side {
@@ -50,17 +61,6 @@ fn transport(config: &LinkConfig, side: Side) -> Arc<quinn::TransportConfig> {
         .max_idle_timeout(Some(idle))
         .keep_alive_interval(match side {
             Side::Dialler => Some(config.keep_alive),
-            Side::Listener => None,
-        })
-        // A device sends one datagram and then sleeps. Answered after the usual 25 ms, the answer
-        // meets the device's probe timer, which sends the datagram again: answered at once, a
-        // keep-alive is two datagrams and not four.
-        .ack_frequency_config(match side {
-            Side::Dialler => {
-                let mut at_once = quinn::AckFrequencyConfig::default();
-                at_once.ack_eliciting_threshold(0u32.into());
-                Some(at_once)
-            }
             Side::Listener => None,
         })
         .mtu_discovery_config(config.mtu_discovery.then(MtuDiscoveryConfig::default))
