@@ -134,7 +134,7 @@ fn the_admin_endpoint_shows_every_session_and_its_figures() -> Result<()> {
         "cloudcore_hub_frames_total{direction=\"received\",class=\"control\"}",
         "cloudcore_resume_bytes_sum",
         "cloudcore_hub_queued_bytes",
-        "cloudcore_upstream_waiting",
+        "cloudcore_upstream_queued",
     ] {
         let value = metrics
             .lines()
