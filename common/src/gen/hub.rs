@@ -14,7 +14,7 @@ pub struct Token {
     pub pins: ::prost::alloc::vec::Vec<::prost::alloc::vec::Vec<u8>>,
     #[prost(message, repeated, tag = "4")]
     pub endpoints: ::prost::alloc::vec::Vec<Endpoint>,
-    /// The server's fixed name is "cloudcore.<cluster_id>", whatever host was dialled.
+    /// The server's fixed name is "cloudcore.\<cluster_id>", whatever host was dialled.
     #[prost(string, tag = "5")]
     pub cluster_id: ::prost::alloc::string::String,
 }
