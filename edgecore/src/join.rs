@@ -12,6 +12,7 @@ use common::telemetry::chain;
 use tracing::{info, warn};
 
 use crate::hub::identity::{self, IdentityError};
+use crate::node::facts::architecture;
 use crate::store::Store;
 
 /// Why a device could not join; each with its own exit code.
@@ -148,7 +149,7 @@ async fn enrol(
         csr: key.request().map_err(IdentityError::from)?,
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
         os: std::env::consts::OS.to_owned(),
-        arch: go_arch().to_owned(),
+        arch: architecture(std::env::consts::ARCH).to_owned(),
         expired_certificate: Vec::new(),
     };
     // A device without a clock can join: chain, pin and name decide alone.
@@ -168,7 +169,7 @@ pub async fn again(store: &Store, identity: &identity::Identity) -> Result<(), J
         csr: identity.key.request().map_err(IdentityError::from)?,
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
         os: std::env::consts::OS.to_owned(),
-        arch: go_arch().to_owned(),
+        arch: architecture(std::env::consts::ARCH).to_owned(),
         expired_certificate: identity
             .chain
             .first()
@@ -216,17 +217,6 @@ fn host_name() -> Result<NodeName, JoinError> {
     let name = nix::unistd::gethostname().unwrap_or_default();
     let name = name.to_string_lossy().to_lowercase();
     NodeName::parse(&name).map_err(|_| JoinError::HostName(name))
-}
-
-/// The architecture as Kubernetes labels name it.
-pub fn go_arch() -> &'static str {
-    match std::env::consts::ARCH {
-        "x86_64" => "amd64",
-        "aarch64" => "arm64",
-        "x86" => "386",
-        "powerpc64" => "ppc64le",
-        other => other,
-    }
 }
 
 #[cfg(test)]
