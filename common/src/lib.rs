@@ -7,5 +7,6 @@ pub mod hub;
 pub mod ids;
 pub mod object;
 pub mod pki;
+pub mod stream;
 pub mod telemetry;
 pub mod trim;

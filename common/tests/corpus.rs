@@ -96,6 +96,8 @@ fn what_fuzzing_kept_still_passes() {
     replay("mux", common::hub::fuzz::mux);
     replay("token", common::hub::fuzz::token);
     replay("join_request", common::hub::fuzz::join_request);
+    replay("request", common::hub::fuzz::request);
+    replay("stream_head", common::hub::fuzz::stream_head);
 }
 
 /// Without a fuzzer at hand: each kept input with each byte changed a little.
@@ -108,6 +110,8 @@ fn neighbours_of_what_fuzzing_kept_do_not_panic() {
         ("mux", common::hub::fuzz::mux),
         ("token", common::hub::fuzz::token),
         ("join_request", common::hub::fuzz::join_request),
+        ("request", common::hub::fuzz::request),
+        ("stream_head", common::hub::fuzz::stream_head),
     ] {
         for entry in std::fs::read_dir(root().join("fuzz/corpus").join(target)).unwrap() {
             let bytes = std::fs::read(entry.unwrap().path()).unwrap();

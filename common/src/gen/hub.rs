@@ -466,12 +466,24 @@ pub struct GoAway {
     #[prost(uint32, tag = "3")]
     pub retry_after_ms: u32,
 }
-/// The head of a stream. Tunnels (exec, attach, logs, port-forward, metrics) add their kinds and
-/// fields.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+/// The head of a stream.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct StreamHead {
     #[prost(enumeration = "StreamKind", tag = "1")]
     pub kind: i32,
+    /// Of a tunnel.
+    #[prost(message, optional, tag = "2")]
+    pub tunnel: ::core::option::Option<Tunnel>,
+}
+/// Who opened a tunnel: for the device's log, the cloud has judged it already.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Tunnel {
+    /// The same in the cloud's audit lines and the device's log.
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    /// Whom the cloud's TLS endpoint authenticated; the API server mostly.
+    #[prost(string, tag = "2")]
+    pub principal: ::prost::alloc::string::String,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -655,6 +667,9 @@ pub enum StreamKind {
     StreamControl = 1,
     StreamStatus = 2,
     StreamBulk = 3,
+    /// A tunnel, opened by the cloud: one HTTP/1.1 request to the node's kubelet API, its answer, and
+    /// after an upgrade the bytes of both directions, untouched.
+    StreamTunnel = 4,
 }
 impl StreamKind {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -667,6 +682,7 @@ impl StreamKind {
             Self::StreamControl => "STREAM_CONTROL",
             Self::StreamStatus => "STREAM_STATUS",
             Self::StreamBulk => "STREAM_BULK",
+            Self::StreamTunnel => "STREAM_TUNNEL",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -676,6 +692,7 @@ impl StreamKind {
             "STREAM_CONTROL" => Some(Self::StreamControl),
             "STREAM_STATUS" => Some(Self::StreamStatus),
             "STREAM_BULK" => Some(Self::StreamBulk),
+            "STREAM_TUNNEL" => Some(Self::StreamTunnel),
             _ => None,
         }
     }

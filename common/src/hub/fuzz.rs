@@ -2,12 +2,15 @@
 //! hang or hold more than its bounds. Beside the parsers, so that both callers check the same.
 
 use bytes::{Bytes, BytesMut};
+use prost::Message as _;
 use rustls_pki_types::UnixTime;
 
 use super::listen::decode_request;
 use super::mux::{Frame, MAX_MESSAGE, Mux, Read, Side};
+use super::proto::StreamHead;
 use super::transport::Class;
 use crate::pki::{ClusterId, JoinToken, KeyId, NodeIdentity, check_reenrolment, csr};
+use crate::stream::request::{LogOptions, Streams, Target};
 
 /// Any bytes as messages of a peer: each message is a length byte times 16 and that many bytes.
 /// What can be read as a frame is written back as the same bytes' meaning.
@@ -89,5 +92,29 @@ pub fn join_request(data: &[u8]) {
             now,
             std::time::Duration::MAX,
         ));
+    }
+}
+
+/// Any text as the path and the query of a request to a node, each as the cloud and the edge read
+/// it.
+pub fn request(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    let (path, query) = text.split_once('?').unwrap_or((&text, ""));
+    if let Some(target) = Target::parse(path) {
+        let parts = target.pod().map(|pod| [&pod.namespace, &pod.name]);
+        for part in parts.into_iter().flatten() {
+            assert!(!part.is_empty() && !part.contains('/'), "{path}");
+        }
+    }
+    // Any result is right as long as there is one.
+    drop(Streams::parse(query));
+    drop(LogOptions::parse(query));
+}
+
+/// Any bytes as the head of a stream.
+pub fn stream_head(data: &[u8]) {
+    if let Ok(head) = StreamHead::decode(data) {
+        let again = StreamHead::decode(&head.encode_to_vec()[..]);
+        assert_eq!(again, Ok(head), "written and read back");
     }
 }

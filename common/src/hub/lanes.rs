@@ -75,6 +75,7 @@ impl Lanes {
         for lane in Lane::ALL {
             let head = proto::StreamHead {
                 kind: lane.stream_kind().into(),
+                ..Default::default()
             };
             streams.push((lane, connection.open(class(lane), &head).await?));
         }

@@ -198,6 +198,18 @@ impl Mux {
         Ok(())
     }
 
+    /// From here on this end sends the stream's bytes in another class; the peer's end keeps its own.
+    pub fn classify(&mut self, id: u32, class: Class) {
+        let Some(stream) = self.streams.get_mut(&id) else {
+            return;
+        };
+        if stream.class != class && stream.scheduled {
+            self.ready[stream.class.index()].retain(|waiting| *waiting != id);
+            self.ready[class.index()].push_back(id);
+        }
+        stream.class = class;
+    }
+
     /// No more bytes follow; what was written is still sent.
     pub fn finish(&mut self, id: u32) {
         if let Some(stream) = self.streams.get_mut(&id)

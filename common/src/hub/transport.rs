@@ -11,8 +11,11 @@
 //! message = u32 length, bytes
 //! ```
 
+use std::future::poll_fn;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
@@ -20,6 +23,7 @@ use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
 use prost::Message;
 use rustls_pki_types::CertificateDer;
+use tokio::io::ReadBuf;
 use tokio::sync::Mutex;
 
 use super::mux::Side;
@@ -28,10 +32,12 @@ use super::{quic, ws};
 use crate::pki::{NodeIdentity, PkiError};
 
 mod counters;
+mod duplex;
 mod error;
 
 pub(super) use counters::Tally;
 pub use counters::{Counters, Direction, Volume};
+pub use duplex::Duplex;
 pub use error::{Refusal, TransportError};
 
 /// Strict priority: nothing of a lower class is sent while a higher one has something to send.
@@ -429,12 +435,31 @@ impl SendStream {
         }
     }
 
-    fn classify(&mut self, class: Class) {
+    /// From here on this end's bytes go in another class.
+    pub fn classify(&mut self, class: Class) {
         self.class = class;
         match &mut self.raw {
             RawSend::Quic(send) => quic::prioritise(send, class),
-            RawSend::WebSocket(_) => {}
+            RawSend::WebSocket(send) => send.classify(class),
         }
+    }
+
+    /// Takes what there is room for.
+    fn poll_write(
+        &mut self,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<Result<usize, TransportError>> {
+        let written = match &mut self.raw {
+            RawSend::Quic(send) => Pin::new(send)
+                .poll_write(cx, bytes)
+                .map_err(TransportError::from),
+            RawSend::WebSocket(send) => send.poll_write(cx, bytes),
+        };
+        if let Poll::Ready(Ok(length)) = written {
+            self.tally.count(Direction::Sent, self.class, length);
+        }
+        written
     }
 }
 
@@ -468,13 +493,39 @@ impl RecvStream {
     async fn read_raw(&mut self, max: usize) -> Result<Option<Bytes>, TransportError> {
         let bytes = match &mut self.raw {
             RawRecv::Quic(recv) => recv.read_chunk(max, true).await?.map(|chunk| chunk.bytes),
-            RawRecv::WebSocket(recv) => recv.read(max).await?,
+            RawRecv::WebSocket(recv) => poll_fn(|cx| recv.poll_read(cx, max)).await?,
         };
         if let Some(bytes) = &bytes {
             self.tally
                 .count(Direction::Received, self.class, bytes.len());
         }
         Ok(bytes)
+    }
+
+    /// Fills what there is room for; nothing at the end.
+    fn poll_read(
+        &mut self,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<Result<(), TransportError>> {
+        let max = buffer.remaining();
+        if !self.partial.is_empty() {
+            let length = self.partial.len().min(max);
+            buffer.put_slice(&self.partial.split_to(length));
+            return Poll::Ready(Ok(()));
+        }
+        let before = buffer.filled().len();
+        match &mut self.raw {
+            RawRecv::Quic(recv) => ready!(recv.poll_read_buf(cx, buffer))?,
+            RawRecv::WebSocket(recv) => {
+                if let Some(bytes) = ready!(recv.poll_read(cx, max))? {
+                    buffer.put_slice(&bytes);
+                }
+            }
+        }
+        let length = buffer.filled().len() - before;
+        self.tally.count(Direction::Received, self.class, length);
+        Poll::Ready(Ok(()))
     }
 
     /// Exactly `length` bytes. Cancel-safe: what has arrived is kept for the next call.

@@ -199,6 +199,9 @@ struct State {
     ponged: bool,
 }
 
+/// What a writer hands over at a time where its bytes have to be copied.
+const PIECE: usize = 16 * 1024;
+
 const READER: usize = 0;
 const WRITER: usize = 1;
 
@@ -380,6 +383,35 @@ impl WsSend {
         .await
     }
 
+    /// Takes what there is room for, at least one byte.
+    pub(super) fn poll_write(
+        &mut self,
+        cx: &Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<Result<usize, TransportError>> {
+        let (id, core) = (self.id, &self.handle.core);
+        let offered = &bytes[..bytes.len().min(PIECE)];
+        core.call(|state| {
+            if let Some(end) = &state.ended {
+                return Poll::Ready(Err(end.clone()));
+            }
+            let mut left = Bytes::copy_from_slice(offered);
+            if let Err(end) = state.mux.write(id, &mut left) {
+                return Poll::Ready(Err(end.into()));
+            }
+            let taken = offered.len() - left.len();
+            if taken > 0 || offered.is_empty() {
+                return Poll::Ready(Ok(taken));
+            }
+            state.park(id, WRITER, cx);
+            Poll::Pending
+        })
+    }
+
+    pub(super) fn classify(&self, class: Class) {
+        self.handle.core.call(|s| s.mux.classify(self.id, class));
+    }
+
     pub(super) fn finish(&mut self) {
         self.handle.core.call(|s| s.mux.finish(self.id));
     }
@@ -404,25 +436,26 @@ pub(super) struct WsRecv {
 }
 
 impl WsRecv {
-    pub(super) async fn read(&mut self, max: usize) -> Result<Option<Bytes>, TransportError> {
+    pub(super) fn poll_read(
+        &mut self,
+        cx: &Context<'_>,
+        max: usize,
+    ) -> Poll<Result<Option<Bytes>, TransportError>> {
         let (id, core) = (self.id, &self.handle.core);
-        std::future::poll_fn(|cx| {
-            core.call(|state| {
-                // What had arrived before the end of the connection is still given.
-                match state.mux.read(id, max) {
-                    Ok(Read::Bytes(bytes)) => return Poll::Ready(Ok(Some(bytes))),
-                    Ok(Read::End) => return Poll::Ready(Ok(None)),
-                    Ok(Read::Blocked) => {}
-                    Err(end) => return Poll::Ready(Err(end.into())),
-                }
-                if let Some(end) = &state.ended {
-                    return Poll::Ready(Err(end.clone()));
-                }
-                state.park(id, READER, cx);
-                Poll::Pending
-            })
+        core.call(|state| {
+            // What had arrived before the end of the connection is still given.
+            match state.mux.read(id, max) {
+                Ok(Read::Bytes(bytes)) => return Poll::Ready(Ok(Some(bytes))),
+                Ok(Read::End) => return Poll::Ready(Ok(None)),
+                Ok(Read::Blocked) => {}
+                Err(end) => return Poll::Ready(Err(end.into())),
+            }
+            if let Some(end) = &state.ended {
+                return Poll::Ready(Err(end.clone()));
+            }
+            state.park(id, READER, cx);
+            Poll::Pending
         })
-        .await
     }
 
     pub(super) fn stop(&mut self, code: u32) {

@@ -218,7 +218,13 @@ async fn a_write_on_a_silent_link_ends_as_well() {
         let middle = Middlebox::start(cloud.address(), true).await;
         let (edge, served) = cloud.pair_at(kind, middle.address).await;
         let (_send, mut recv) = edge
-            .open(Class::Bulk, &StreamHead { kind: 1 })
+            .open(
+                Class::Bulk,
+                &StreamHead {
+                    kind: 1,
+                    ..Default::default()
+                },
+            )
             .await
             .expect("open");
         let mut incoming = served.accept().await.expect("accept");
@@ -249,7 +255,13 @@ async fn a_quic_stream_survives_a_change_of_address() {
     let middle = Middlebox::start(cloud.address(), true).await;
     let (edge, served) = cloud.pair_at(TransportKind::Quic, middle.address).await;
     let (mut send, _recv) = edge
-        .open(Class::Control, &StreamHead { kind: 1 })
+        .open(
+            Class::Control,
+            &StreamHead {
+                kind: 1,
+                ..Default::default()
+            },
+        )
         .await
         .expect("open");
     let mut incoming = served.accept().await.expect("accept");

@@ -13,7 +13,10 @@ const BOTH: [TransportKind; 2] = [TransportKind::Quic, TransportKind::WebSocket]
 const SOON: Duration = Duration::from_secs(10);
 
 fn head(kind: i32) -> StreamHead {
-    StreamHead { kind }
+    StreamHead {
+        kind,
+        ..Default::default()
+    }
 }
 
 fn pattern(length: usize, seed: usize) -> Bytes {
@@ -321,5 +324,62 @@ async fn messages_are_bounded_before_anything_is_allocated_and_survive_cancellat
                 limit: 10
             })
         ));
+    }
+}
+
+#[tokio::test]
+async fn a_stream_as_reader_and_writer_carries_much_both_ways_and_steps_back_for_others() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    for kind in BOTH {
+        let mut cloud = Cloud::start().await;
+        let (edge, served) = cloud.pair(kind).await;
+        let (send, recv) = served
+            .open(Class::Interactive, &head(4))
+            .await
+            .expect("open");
+        let near = Duplex::new(send, recv);
+        let echo = tokio::spawn(async move {
+            let incoming = edge.accept().await.expect("a stream");
+            let mut far = Duplex::new(incoming.send, incoming.recv);
+            let (mut read, mut write) = tokio::io::split(&mut far);
+            tokio::io::copy(&mut read, &mut write).await.expect("echo");
+            write.shutdown().await.expect("end");
+            edge.closed().await;
+        });
+        let sent = pattern(3_000_000, 5);
+        let (mut read, mut write) = tokio::io::split(near);
+        let writing = async {
+            write.write_all(&sent).await.expect("write");
+            write.shutdown().await.expect("end");
+        };
+        let mut back = Vec::new();
+        let all = async { tokio::join!(writing, read.read_to_end(&mut back)).1 };
+        timeout(SOON, all).await.expect("in time").expect("read");
+        assert!(back == sent, "{kind}: {} bytes came back", back.len());
+        let bulk = served.counters().sent[Class::Bulk.index()].bytes;
+        assert!(bulk > 2_000_000, "{kind}: {bulk} bytes went as bulk");
+        served.close(0, "done");
+        echo.await.expect("echo");
+    }
+}
+
+#[tokio::test]
+async fn a_reader_and_writer_that_is_dropped_breaks_the_other_end() {
+    use tokio::io::AsyncReadExt;
+    for kind in BOTH {
+        let mut cloud = Cloud::start().await;
+        let (edge, served) = cloud.pair(kind).await;
+        let (send, recv) = served
+            .open(Class::Interactive, &head(4))
+            .await
+            .expect("open");
+        let near = Duplex::new(send, recv);
+        let incoming = edge.accept().await.expect("a stream");
+        let mut far = Duplex::new(incoming.send, incoming.recv);
+        drop(near);
+        let read = timeout(SOON, far.read(&mut [0; 16]))
+            .await
+            .expect("in time");
+        assert!(read.is_err(), "{kind}: {read:?} looks like a proper end");
     }
 }
