@@ -18,14 +18,14 @@ use common::hub::proto;
 use common::hub::tls::ServerTls;
 use common::hub::transport::LinkConfig;
 use common::pki::Validity;
+use common::signals::stop_on_signals;
+use common::tasks::Tasks;
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kube::Api;
 use kube::api::ListParams;
 use rustls::pki_types::UnixTime;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
@@ -52,6 +52,12 @@ const SERVER_CERTIFICATE: Duration = Duration::from_secs(5 * 365 * 86_400);
 
 /// Malformed objects that wait for their Event; more at once are counted only.
 const MALFORMED: usize = 64;
+
+/// The part that ends before what it writes through.
+const HUB: &str = "the hub";
+
+/// The last sessions' writes get this long after the hub has ended.
+const LAST_WRITES: Duration = Duration::from_secs(2);
 
 /// Serves until the process is told to stop.
 pub async fn run(config: Config) -> anyhow::Result<()> {
@@ -168,7 +174,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     });
     tasks.spawn("the upstream writer", upstream_task.run(rest_stop.clone()));
     tasks.spawn("the listener", listen_task.run(hub_stop.clone()));
-    tasks.spawn("the hub", Hub::build(listener, deps).run(hub_stop.clone()));
+    tasks.spawn(HUB, Hub::build(listener, deps).run(hub_stop.clone()));
     tasks.spawn("the admin endpoint", admin.run(rest_stop.clone()));
     let seen = views::Watchers {
         downstream,
@@ -181,7 +187,21 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         malformed: malformed_seen,
     };
     tasks.spawn("the views", seen.run(rest_stop.clone()));
-    tasks.supervise(stop, rest_stop).await
+    tasks
+        .supervise(stop, |ended| {
+            if ended == HUB {
+                stop_later(rest_stop.clone());
+            }
+        })
+        .await
+        .context("cloudcore stops")
+}
+
+fn stop_later(rest: CancellationToken) {
+    tokio::spawn(async move {
+        tokio::time::sleep(LAST_WRITES).await;
+        rest.cancel();
+    });
 }
 
 /// What a Pod is born with: read once, the ranges and DNS of a cluster do not move.
@@ -272,68 +292,6 @@ fn server_tls(authority: &Authority) -> anyhow::Result<ServerTls> {
 fn replica() -> String {
     let host = std::env::var("HOSTNAME").unwrap_or_else(|_| "cloudcore".into());
     format!("{host}-{}", std::process::id())
-}
-
-fn stop_on_signals(stop: CancellationToken) -> std::io::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::spawn(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        stop.cancel();
-    });
-    Ok(())
-}
-
-#[derive(Default)]
-struct Tasks(JoinSet<&'static str>);
-
-/// The last sessions' writes get this long after the hub has ended.
-const LAST_WRITES: Duration = Duration::from_secs(2);
-
-impl Tasks {
-    fn spawn(&mut self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
-        self.0.spawn(async move {
-            task.await;
-            name
-        });
-    }
-
-    /// Waits for the end. A part that ends by itself, or panics, ends the process: whoever
-    /// supervises it starts it again, and the edges never noticed.
-    async fn supervise(
-        mut self,
-        stop: CancellationToken,
-        rest: CancellationToken,
-    ) -> anyhow::Result<()> {
-        let mut fault = None;
-        while let Some(ended) = self.0.join_next().await {
-            let name = match ended {
-                Ok(name) => name,
-                Err(panic) => {
-                    error!(%panic, "a part of cloudcore panicked");
-                    "a part that panicked"
-                }
-            };
-            if !stop.is_cancelled() {
-                fault = Some(name);
-                stop.cancel();
-            }
-            if name == "the hub" || fault.is_some() {
-                let rest = rest.clone();
-                tokio::spawn(async move {
-                    tokio::time::sleep(LAST_WRITES).await;
-                    rest.cancel();
-                });
-            }
-        }
-        match fault {
-            Some(name) => anyhow::bail!("{name} ended; cloudcore stops"),
-            None => Ok(()),
-        }
-    }
 }
 
 #[cfg(test)]

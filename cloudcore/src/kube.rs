@@ -11,7 +11,7 @@
 //!   does what the subcommands `install`, `token` and `node` do, nothing else.
 //!
 //! ```text
-//!   Mode::Unproven ──prove()──► Constrained ◄──prove() after a 403──► Direct
+//!   Mode::Unproven ──proof──► Constrained ◄──two proofs after a 403──► Direct
 //! ```
 
 pub mod access;
@@ -198,7 +198,7 @@ pub(crate) struct Shared {
     watches: pool::Pool,
     token: TokenSource,
     mode: watch::Sender<Mode>,
-    /// A request as a node was forbidden: the mode may have changed under us.
+    /// A request for a node was forbidden: the mode may have changed under us.
     doubted: Notify,
     choice: Impersonation,
 }

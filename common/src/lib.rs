@@ -1,5 +1,5 @@
 //! The vocabulary that CloudCore and EdgeCore share. Everything is pure unless its file is named
-//! after an adapter (`quic`, `ws`, `tls`, `lanes`, `dial`, `listen`, `config`, `telemetry`).
+//! after an adapter (`quic`, `ws`, `tls`, `lanes`, `dial`, `listen`, `config`, `signals`, `tasks`, `telemetry`).
 
 pub mod backoff;
 pub mod config;
@@ -7,6 +7,8 @@ pub mod hub;
 pub mod ids;
 pub mod object;
 pub mod pki;
+pub mod signals;
 pub mod stream;
+pub mod tasks;
 pub mod telemetry;
 pub mod trim;

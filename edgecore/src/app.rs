@@ -16,12 +16,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use common::hub::proto::NodeEnvironment;
+use common::signals::stop_on_signals;
+use common::tasks::{PartEnded, Tasks};
 use prost::Message as _;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 use crate::admin::{self, Shown};
 use crate::config::Config;
@@ -65,8 +65,8 @@ pub enum AppError {
     Cri(#[from] cri::client::BadEndpoint),
     #[error(transparent)]
     NodeCa(#[from] CaError),
-    #[error("a part of edgecore ended: {0}")]
-    PartEnded(&'static str),
+    #[error("edgecore stops")]
+    PartEnded(#[from] PartEnded),
 }
 
 impl AppError {
@@ -246,72 +246,18 @@ async fn assemble(
         dead_after: config.dead_after,
     });
 
-    let mut tasks = JoinSet::new();
-    let mut spawn = |name: &'static str, task: BoxedTask| {
-        tasks.spawn(async move {
-            task.await;
-            name
-        });
-    };
-    spawn("the Pod manager", Box::pin(pods_task.run(shutdown.clone())));
-    spawn(
-        "the node's status",
-        Box::pin(node_task.run(shutdown.clone())),
-    );
-    spawn(
-        "the Pods' network",
-        Box::pin(network_task.run(shutdown.clone())),
-    );
-    spawn("the hub", Box::pin(hub_task.run(shutdown.clone())));
-    spawn(
-        "the admin socket",
-        Box::pin(admin::run(config.admin.clone(), shown, shutdown.clone())),
-    );
-    supervise(tasks, shutdown).await?;
+    let mut tasks = Tasks::default();
+    tasks.spawn("the Pod manager", pods_task.run(shutdown.clone()));
+    tasks.spawn("the node's status", node_task.run(shutdown.clone()));
+    tasks.spawn("the Pods' network", network_task.run(shutdown.clone()));
+    tasks.spawn("the hub", hub_task.run(shutdown.clone()));
+    let admin = admin::run(config.admin.clone(), shown, shutdown.clone());
+    tasks.spawn_spare("the admin socket", admin);
+    tasks.supervise(shutdown, |_| {}).await?;
     store.close().map_err(failed)
-}
-
-type BoxedTask = std::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
-
-/// Waits for the end. A part that ends by itself, or panics, ends the process: whoever supervises
-/// it starts it again, and the Pods never noticed.
-async fn supervise(
-    mut tasks: JoinSet<&'static str>,
-    shutdown: CancellationToken,
-) -> Result<(), AppError> {
-    let mut fault = None;
-    while let Some(ended) = tasks.join_next().await {
-        if shutdown.is_cancelled() {
-            continue;
-        }
-        match ended {
-            // It has said why in the log; the rest works without it.
-            Ok("the admin socket") => continue,
-            Ok(name) => fault = Some(name),
-            Err(panic) => {
-                error!(%panic, "a part of edgecore panicked");
-                fault = Some("by a panic");
-            }
-        }
-        shutdown.cancel();
-    }
-    fault.map_or(Ok(()), |name| Err(AppError::PartEnded(name)))
 }
 
 fn kept_environment(store: &Store) -> Option<NodeEnvironment> {
     let bytes = store.meta().get(kept::ENVIRONMENT).ok().flatten()?;
     NodeEnvironment::decode(&bytes[..]).ok()
-}
-
-fn stop_on_signals(shutdown: CancellationToken) -> std::io::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::spawn(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        shutdown.cancel();
-    });
-    Ok(())
 }

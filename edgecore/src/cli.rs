@@ -38,7 +38,8 @@ pub struct RunArgs {
     /// Join the cloud at HOST:PORT; needs --token the first time.
     #[arg(long, value_name = "HOST:PORT", env = "EDGECORE_JOIN")]
     pub join: Option<String>,
-    /// What `cloudcore token create` printed.
+    /// What `cloudcore token create` printed. Every user of the device sees a command line:
+    /// EDGECORE_TOKEN and the file's `token` hide it.
     #[arg(long, env = "EDGECORE_TOKEN", hide_env_values = true)]
     pub token: Option<String>,
     /// The Node's name; the host's name by default.

@@ -8,6 +8,7 @@ use common::hub::transport::TransportError;
 use common::ids::{NameError, NodeName};
 use common::pki::token::Endpoint;
 use common::pki::{JoinToken, PkiError, TokenError};
+use common::tasks::beside;
 use common::telemetry::chain;
 use tracing::{info, warn};
 
@@ -182,10 +183,7 @@ pub async fn again(store: &Store, identity: &identity::Identity) -> Result<(), J
     let joined = take(ask(&target, &request, &options).await?)?;
     let store = store.clone();
     let kept = move || identity::keep_joined(&store, None, None, &joined);
-    match tokio::task::spawn_blocking(kept).await {
-        Ok(kept) => kept?,
-        Err(panic) => std::panic::resume_unwind(panic.into_panic()),
-    }
+    beside(kept).await?;
     info!("the expired certificate was replaced");
     Ok(())
 }

@@ -99,6 +99,23 @@ impl World {
         ready.with_context(|| self.story(edge))
     }
 
+    /// Asks for a Pod on this node that does nothing for a while.
+    pub fn sleeper(&self, pod: &str, node: &str) -> Result<()> {
+        let pod = shell_pod(pod, node, "sleep 1000");
+        self.kubectl.apply(&pod.to_string())
+    }
+
+    /// Fails unless the Pod is Running and its first container is the one that it was.
+    pub fn same_container(&self, edge: &Edge, before: &Value) -> Result<Value> {
+        let name = before["metadata"]["name"].as_str().context("a Pod")?;
+        let after = self.pod_running(edge, name)?;
+        ensure!(
+            container_id(before)? == container_id(&after)?,
+            "the container was replaced"
+        );
+        Ok(after)
+    }
+
     /// Waits until a Pod is Running with all its containers ready.
     pub fn pod_running(&self, edge: &Edge, pod: &str) -> Result<Value> {
         let running = wait_for(&format!("Pod {pod} Running"), SOON, || {

@@ -18,6 +18,8 @@ mod birth;
 mod commands;
 #[path = "system/compat.rs"]
 mod compat;
+#[path = "system/fences.rs"]
+mod fences;
 #[path = "system/join.rs"]
 mod join;
 #[path = "system/life.rs"]

@@ -3,6 +3,16 @@
 //! A SelfSubjectReview as a node, without a group header, is answered with the node's own user in
 //! `system:nodes` where the server has constrained impersonation, and refused where it has not,
 //! since CloudCore has no plain `impersonate`.
+//!
+//! Only a definite answer changes the mode. A server that just started answers 403 to everything
+//! until its RBAC is loaded, one that ends answers 5xx or nothing: such a proof is doubtful, keeps
+//! the mode that was proven last, and is made again within seconds.
+//!
+//! ```text
+//!   at rest ──403 for a node──► proving ──the same mode, or the other one twice──► at rest
+//!                               ▲     │ doubtful, or the other one for the first time
+//!                               └─────┘ backoff
+//! ```
 
 use std::time::Duration;
 
@@ -13,6 +23,7 @@ use k8s_openapi::api::authorization::v1::{
 use kube::api::PostParams;
 use kube::{Api, Client};
 
+use common::backoff::Backoff;
 use common::ids::NodeName;
 
 use super::{KubeClients, KubeError, status_code};
@@ -56,8 +67,48 @@ pub enum Mode {
 const PROBE: &str = "cloudcore-probe.invalid";
 /// RBAC reaches the authorizer through a watch: what `install` wrote counts within moments.
 const ROLE_WITHIN: Duration = Duration::from_secs(10);
-/// Between two proofs: a 403 may be about the one object and come in numbers.
+/// Between two definite proofs: a 403 may be about the one object and come in numbers.
 const PROVE_EVERY: Duration = Duration::from_secs(30);
+/// After a proof that showed nothing, or contradicts the last one: doubled up to [`PROVE_EVERY`].
+const PROVE_AGAIN: Duration = Duration::from_secs(1);
+/// A server that is upgraded refuses nothing that the direct role allows: it is asked now and then.
+const LOOK_FOR_MORE: Duration = Duration::from_secs(600);
+
+/// The mode that was proven last, and whether the proof after it showed another.
+struct Belief {
+    proven: Mode,
+    contradicted: bool,
+}
+
+/// What follows a proof.
+#[derive(Debug, PartialEq, Eq)]
+enum Next {
+    /// The mode is known.
+    Rest,
+    AskAgain,
+}
+
+impl Belief {
+    fn new(proven: Mode) -> Self {
+        Self {
+            proven,
+            contradicted: false,
+        }
+    }
+
+    /// Takes one proof; none is a doubtful one. Another mode counts when it is shown twice in a
+    /// row: of several API servers behind one address, one may be a step behind.
+    fn weigh(&mut self, proof: Option<Mode>) -> Next {
+        let contradicts = proof.is_some_and(|mode| mode != self.proven);
+        let (mode, known) = match proof {
+            Some(mode) if !contradicts || self.contradicted => (mode, true),
+            Some(_) | None => (self.proven, false),
+        };
+        self.proven = mode;
+        self.contradicted = contradicts && !known;
+        if known { Next::Rest } else { Next::AskAgain }
+    }
+}
 
 /// What the answer to a SelfSubjectReview as a node shows.
 fn judge(answer: Result<&SelfSubjectReview, Option<u16>>, user: &str) -> Option<Mode> {
@@ -74,13 +125,23 @@ fn judge(answer: Result<&SelfSubjectReview, Option<u16>>, user: &str) -> Option<
                 Mode::Direct
             })
         }
-        Err(Some(401 | 403)) => Some(Mode::Direct),
+        Err(Some(403)) => Some(Mode::Direct),
+        // A token that is not taken says nothing about what it may do.
         Err(_) => None,
     }
 }
 
-/// Asks the server once which mode it has.
-pub(crate) async fn ask(clients: &KubeClients) -> Result<Mode, KubeError> {
+/// Proves which mode the server has; an error proves nothing. A refusal counts where the server
+/// refuses again once it has shown that it knows CloudCore's rights.
+async fn prove(clients: &KubeClients) -> Result<Mode, KubeError> {
+    match review_as_node(clients).await? {
+        Mode::Direct if !has_role(clients.own()).await? => Err(KubeError::NoRole),
+        Mode::Direct => review_as_node(clients).await,
+        mode @ (Mode::Constrained | Mode::Unproven) => Ok(mode),
+    }
+}
+
+async fn review_as_node(clients: &KubeClients) -> Result<Mode, KubeError> {
     let node = NodeName::parse(PROBE).expect("the probe's name is a node name");
     let mut request = kube::core::Request::new("/apis/authentication.k8s.io/v1/selfsubjectreviews")
         .create(
@@ -103,14 +164,27 @@ pub(crate) async fn ask(clients: &KubeClients) -> Result<Mode, KubeError> {
     }
 }
 
-/// Whether RBAC knows CloudCore's right to act as nodes: until then a refusal says nothing.
+/// Whether RBAC knows what CloudCore needs for the proof: until then a refusal says nothing.
 async fn has_role(client: Client) -> Result<bool, KubeError> {
+    let needed = [
+        ("nodes", "impersonate:arbitrary-node"),
+        ("selfsubjectreviews", "impersonate-on:arbitrary-node:create"),
+    ];
+    for (resource, verb) in needed {
+        if !may(client.clone(), resource, verb).await? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+async fn may(client: Client, resource: &str, verb: &str) -> Result<bool, KubeError> {
     let review = SelfSubjectAccessReview {
         spec: SelfSubjectAccessReviewSpec {
             resource_attributes: Some(ResourceAttributes {
                 group: Some("authentication.k8s.io".into()),
-                resource: Some("nodes".into()),
-                verb: Some("impersonate:arbitrary-node".into()),
+                resource: Some(resource.into()),
+                verb: Some(verb.into()),
                 ..ResourceAttributes::default()
             }),
             non_resource_attributes: None,
@@ -130,7 +204,7 @@ pub(crate) async fn settle(clients: &KubeClients) -> Result<Mode, KubeError> {
         Impersonation::Direct => Mode::Direct,
         choice @ (Impersonation::Auto | Impersonation::Constrained) => {
             wait_for_role(clients).await?;
-            let mode = ask(clients).await?;
+            let mode = prove(clients).await?;
             if choice == Impersonation::Constrained && mode != Mode::Constrained {
                 return Err(KubeError::NoConstrainedImpersonation);
             }
@@ -153,28 +227,50 @@ async fn wait_for_role(clients: &KubeClients) -> Result<(), KubeError> {
         .unwrap_or(Err(KubeError::NoRole))
 }
 
-/// Asks again after a 403 as a node. Never returns.
+/// Proves the mode again after a 403 for a node. Never returns.
 pub(crate) async fn keep_true(clients: &KubeClients) {
+    if clients.shared.choice != Impersonation::Auto {
+        std::future::pending::<()>().await;
+    }
+    let mut belief = Belief::new(*clients.shared.mode.borrow());
     loop {
-        clients.shared.doubted.notified().await;
-        if clients.shared.choice == Impersonation::Auto {
-            match ask(clients).await {
-                Ok(mode) => {
-                    let before = clients.shared.mode.send_replace(mode);
-                    if before != mode {
-                        tracing::warn!(
-                            ?before,
-                            ?mode,
-                            "the API server changed how nodes are acted for"
-                        );
-                    }
-                }
-                Err(error) => {
-                    tracing::warn!(error = %crate::chain(&error), "the mode of acting as a node is not proven");
-                }
-            }
+        wait_for_doubt(clients, belief.proven).await;
+        prove_until_known(clients, &mut belief).await;
+        let mode = belief.proven;
+        let before = clients.shared.mode.send_replace(mode);
+        if before != mode {
+            tracing::warn!(
+                ?before,
+                ?mode,
+                "the API server changed how nodes are acted for"
+            );
         }
         tokio::time::sleep(PROVE_EVERY).await;
+    }
+}
+
+async fn wait_for_doubt(clients: &KubeClients, proven: Mode) {
+    let doubted = clients.shared.doubted.notified();
+    match proven {
+        Mode::Direct => {
+            let _ = tokio::time::timeout(LOOK_FOR_MORE, doubted).await;
+        }
+        Mode::Constrained | Mode::Unproven => doubted.await,
+    }
+}
+
+async fn prove_until_known(clients: &KubeClients, belief: &mut Belief) {
+    let mut waits = Backoff::new(PROVE_AGAIN, PROVE_EVERY);
+    loop {
+        let proof = prove(clients).await;
+        if let Err(error) = &proof {
+            let (error, mode) = (crate::chain(error), belief.proven);
+            tracing::warn!(%error, ?mode, "how nodes are acted for is not proven; it stays as it was");
+        }
+        if belief.weigh(proof.ok()) == Next::Rest {
+            return;
+        }
+        tokio::time::sleep(waits.next_wait(rand::random())).await;
     }
 }
 
@@ -202,10 +298,30 @@ mod tests {
             (Ok(&groupless), Some(Mode::Direct)),
             (Ok(&ignored), Some(Mode::Direct)),
             (Err(Some(403)), Some(Mode::Direct)),
+            (Err(Some(401)), None),
             (Err(Some(500)), None),
             (Err(None), None),
         ] {
             assert_eq!(judge(answer, "system:node:a"), want);
+        }
+    }
+
+    #[test]
+    fn another_mode_counts_when_it_is_shown_twice_in_a_row() {
+        use Mode::{Constrained, Direct};
+        use Next::{AskAgain, Rest};
+        let histories: [(&[Option<Mode>], Next, Mode); 6] = [
+            (&[Some(Constrained)], Rest, Constrained),
+            (&[None, None], AskAgain, Constrained),
+            (&[Some(Direct)], AskAgain, Constrained),
+            (&[Some(Direct), None, Some(Direct)], AskAgain, Constrained),
+            (&[Some(Direct), Some(Constrained)], Rest, Constrained),
+            (&[None, Some(Direct), Some(Direct)], Rest, Direct),
+        ];
+        for (proofs, next, mode) in histories {
+            let mut belief = Belief::new(Constrained);
+            let last = proofs.iter().map(|proof| belief.weigh(*proof)).last();
+            assert_eq!((last, belief.proven), (Some(next), mode), "{proofs:?}");
         }
     }
 }

@@ -76,13 +76,12 @@ impl ApiService {
         let headers = request.headers_mut();
         headers.insert(AUTHORIZATION, token);
         headers.insert(USER_AGENT, AGENT);
-        let probing = probe.is_some();
+        let for_node = node.is_some();
         let user = match (probe, node, *self.shared.mode.borrow()) {
             (Some(AlwaysAsNode(node)), _, _) => Some(node.user()),
             (None, Some(node), Mode::Constrained | Mode::Unproven) => Some(node.user()),
             (None, Some(_), Mode::Direct) | (None, None, _) => None,
         };
-        let impersonated = user.is_some() && !probing;
         if let Some(user) = user {
             // No group header: with one the server falls back to plain impersonation.
             headers.insert(IMPERSONATE_USER, HeaderValue::try_from(user)?);
@@ -96,7 +95,7 @@ impl ApiService {
         let answer = answer.map_err(|_| SendError::Silent)??;
         match answer.status() {
             StatusCode::UNAUTHORIZED => self.shared.token.refused(),
-            StatusCode::FORBIDDEN if impersonated => self.shared.doubted.notify_one(),
+            StatusCode::FORBIDDEN if for_node => self.shared.doubted.notify_one(),
             _ => {}
         }
         Ok(answer.map(|body| stream.hold(body)))

@@ -38,10 +38,12 @@ fn a_watch_that_breaks_again_waits_longer_and_one_that_holds_starts_afresh() {
 }
 
 /// An API server that answers each path from a script and keeps the heads of what it was asked.
+/// The last answer of a script stays; code 0 hangs up instead of answering.
 #[derive(Clone, Default)]
 struct Scripted {
     heads: Arc<Mutex<Vec<String>>>,
     proofs: Arc<Mutex<VecDeque<(u16, Value)>>>,
+    roles: Arc<Mutex<VecDeque<(u16, Value)>>>,
     secrets: Arc<Mutex<VecDeque<u16>>>,
 }
 
@@ -80,12 +82,15 @@ impl Scripted {
                 }
                 read.drain(..whole);
                 let (code, body) = self.answer(&head);
+                self.heads.lock().unwrap().push(head);
+                if code == 0 {
+                    return;
+                }
                 let body = body.to_string();
                 let answer = format!(
                     "HTTP/1.1 {code} x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
                     body.len()
                 );
-                self.heads.lock().unwrap().push(head);
                 stream.write_all(answer.as_bytes()).await.unwrap();
             }
             match stream.read(&mut buffer).await {
@@ -103,17 +108,14 @@ impl Scripted {
             return (201, json!({"spec": {"audiences": []}, "status": status}));
         }
         if path.contains("selfsubjectaccessreviews") {
-            return (201, json!({"spec": {}, "status": {"allowed": true}}));
+            return next(&self.roles).unwrap_or_else(|| role(true));
         }
         if path.contains("selfsubjectreviews") {
-            return self.proofs.lock().unwrap().pop_front().unwrap();
+            return next(&self.proofs).unwrap();
         }
         match self.secrets.lock().unwrap().pop_front().unwrap_or(200) {
             200 => (200, json!({"metadata": {"name": "s"}})),
-            code => (
-                code,
-                json!({"kind": "Status", "code": code, "status": "Failure"}),
-            ),
+            code => failed(code),
         }
     }
 
@@ -122,6 +124,18 @@ impl Scripted {
         let heads = self.heads.lock().unwrap();
         heads.iter().filter(|h| h.contains(part)).cloned().collect()
     }
+}
+
+fn next(script: &Mutex<VecDeque<(u16, Value)>>) -> Option<(u16, Value)> {
+    let mut script = script.lock().unwrap();
+    match script.len() {
+        0 | 1 => script.front().cloned(),
+        _ => script.pop_front(),
+    }
+}
+
+fn role(allowed: bool) -> (u16, Value) {
+    (201, json!({"spec": {}, "status": {"allowed": allowed}}))
 }
 
 fn proven() -> (u16, Value) {
@@ -133,9 +147,13 @@ fn proven() -> (u16, Value) {
 }
 
 fn refused() -> (u16, Value) {
+    failed(403)
+}
+
+fn failed(code: u16) -> (u16, Value) {
     (
-        403,
-        json!({"kind": "Status", "code": 403, "status": "Failure"}),
+        code,
+        json!({"kind": "Status", "code": code, "status": "Failure"}),
     )
 }
 
@@ -196,10 +214,8 @@ async fn without_constrained_impersonation_no_header_is_sent() {
     ));
 }
 
-#[tokio::test]
-async fn a_refusal_as_a_node_has_the_mode_proven_again() {
-    let server = Scripted::default();
-    server.proofs.lock().unwrap().extend([proven(), refused()]);
+/// A CloudCore that has proven a mode, and whose next request for a node is forbidden.
+async fn doubting(server: &Scripted) -> KubeClients {
     let access = server.start().await;
     let (clients, task) = KubeClients::build(&access, Impersonation::Auto)
         .await
@@ -207,12 +223,74 @@ async fn a_refusal_as_a_node_has_the_mode_proven_again() {
     tokio::spawn(task.run(CancellationToken::new()));
     server.secrets.lock().unwrap().push_back(403);
     assert_eq!(read_as_node(&clients).await, Some(403));
-    let mut mode = clients.mode();
-    let changed = mode.wait_for(|mode| *mode == Mode::Direct);
-    tokio::time::timeout(Duration::from_secs(10), changed)
-        .await
+    clients
+}
+
+#[tokio::test]
+async fn a_refusal_for_a_node_has_the_mode_proven_again_in_either_mode() {
+    let refusal = [refused(), refused()];
+    let changes = [
+        (vec![proven(), refused()], Mode::Direct),
+        ([&refusal[..], &[proven()]].concat(), Mode::Constrained),
+    ];
+    for (script, becomes) in changes {
+        let server = Scripted::default();
+        server.proofs.lock().unwrap().extend(script);
+        let clients = doubting(&server).await;
+        let mut mode = clients.mode();
+        assert_ne!(*mode.borrow(), becomes);
+        let changed = mode.wait_for(|mode| *mode == becomes);
+        let changed = tokio::time::timeout(Duration::from_secs(10), changed).await;
+        changed.unwrap().unwrap();
+    }
+}
+
+/// Whether the mode stayed while the server went through this script and was proven at its end.
+async fn stays_through(proofs: Vec<(u16, Value)>, roles: Vec<(u16, Value)>) -> bool {
+    let server = Scripted::default();
+    let count = proofs.len();
+    server.proofs.lock().unwrap().push_back(proven());
+    let access_roles = [role(true), role(true)];
+    server
+        .roles
+        .lock()
         .unwrap()
-        .unwrap();
+        .extend(access_roles.into_iter().chain(roles));
+    server.proofs.lock().unwrap().extend(proofs);
+    server.proofs.lock().unwrap().push_back(proven());
+    let clients = doubting(&server).await;
+    let mode = clients.mode();
+    let all_asked = async {
+        // The first and the last are this script's own.
+        while server.asked("/selfsubjectreviews").len() < count + 2 {
+            assert_eq!(*mode.borrow(), Mode::Constrained);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let asked = tokio::time::timeout(Duration::from_secs(20), all_asked).await;
+    asked.is_ok() && *mode.borrow() == Mode::Constrained
+}
+
+#[tokio::test]
+async fn a_server_that_is_half_up_changes_nothing_and_is_asked_again_within_seconds() {
+    let doubtful = [
+        ("RBAC not loaded", refused(), vec![role(false), role(true)]),
+        ("rights forbidden", refused(), vec![refused(), role(true)]),
+        ("rights failing", refused(), vec![failed(500), role(true)]),
+        ("token not taken", failed(401), vec![]),
+        ("failing", failed(500), vec![]),
+        ("stopping", failed(503), vec![]),
+        ("gone", (0, Value::Null), vec![]),
+    ];
+    let cases = doubtful.map(async |(what, proof, roles)| {
+        assert!(stays_through(vec![proof], roles).await, "{what}");
+    });
+    futures::future::join_all(cases).await;
+}
+
+#[tokio::test]
+async fn a_single_contradiction_changes_nothing() {
+    assert!(stays_through(vec![refused(), refused()], vec![]).await);
 }
 
 #[tokio::test]

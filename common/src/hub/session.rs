@@ -45,6 +45,20 @@ pub const MAX_OBJECTS: usize = 30_000;
 /// a report of more than this is refused before it is decoded.
 pub const MAX_REPORT: usize = 256 << 10;
 
+/// How far a machine is, in words for its errors.
+trait Stage: Copy + PartialEq {
+    fn word(self) -> &'static str;
+
+    /// Refuses `what` unless the machine is at this stage.
+    fn require(self, stage: Self, what: &'static str) -> Result<(), ProtocolError> {
+        if self == stage {
+            Ok(())
+        } else {
+            Err(ProtocolError::OutOfPlace(what, self.word()))
+        }
+    }
+}
+
 pub(crate) fn id16(what: &'static str, bytes: &[u8]) -> Result<[u8; 16], ProtocolError> {
     bytes
         .try_into()

@@ -12,6 +12,7 @@ use common::hub::tls::Clock;
 use common::ids::NodeName;
 use common::pki::token::Endpoint;
 use common::pki::{NodeIdentity, NodeKey, PkiError, Validity, rotation_due};
+use common::tasks::beside;
 use common::telemetry::chain;
 use prost::Message as _;
 use rustls_pki_types::{CertificateDer, UnixTime};
@@ -19,7 +20,7 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::clock;
-use super::session::{blocking, kept};
+use super::session::kept;
 use crate::store::{Store, StoreError};
 
 mod names {
@@ -375,7 +376,7 @@ impl Renewal {
             warn!("the cloud's new certificate is not for this device's key; it is not used");
             return Ok(false);
         }
-        blocking(move || {
+        beside(move || {
             let chain = given.encode_to_vec();
             meta.replace(
                 &[(names::KEY, &key), (names::CHAIN, &chain)],

@@ -11,6 +11,7 @@ use common::hub::proto;
 use common::hub::session::ProtocolError;
 use common::hub::session::edge::{Commit, EdgeEvent, EdgeSession, Outcome};
 use common::hub::transport::{Connection, Refusal, TransportError};
+use common::tasks::beside;
 use common::telemetry::chain;
 use prost::Message as _;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -212,7 +213,7 @@ impl Driver<'_> {
             values.push((kept::ENVIRONMENT, environment.encode_to_vec()));
         }
         let meta = self.deps.store.meta();
-        blocking(move || {
+        beside(move || {
             let values: Vec<(&str, &[u8])> = values.iter().map(|(n, v)| (*n, &v[..])).collect();
             meta.put_all(&values)
         })
@@ -299,14 +300,4 @@ async fn finished(
         error!(%panic, "committing a batch panicked");
         Ok(Outcome::Failed)
     })
-}
-
-/// Waits for the disk beside the other tasks.
-pub(super) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
-) -> Result<T, StoreError> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(panic) => std::panic::resume_unwind(panic.into_panic()),
-    }
 }

@@ -8,6 +8,8 @@ use std::io::Read as _;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::Path;
 
+use crate::hub::clock;
+
 /// Huge pages of one size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HugePages {
@@ -70,7 +72,7 @@ pub fn observe(data_dir: &Path) -> Facts {
         pids_max: number("/proc/sys/kernel/pid_max"),
         machine_id: line("/etc/machine-id"),
         system_uuid: line("/sys/class/dmi/id/product_uuid").to_lowercase(),
-        boot_id: line("/proc/sys/kernel/random/boot_id"),
+        boot_id: clock::boot_id(),
         kernel_version: line("/proc/sys/kernel/osrelease"),
         os_image: os_image(&read("/etc/os-release")),
         architecture: architecture(std::env::consts::ARCH).to_owned(),

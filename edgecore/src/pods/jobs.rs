@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::ids::ObjectKey;
+use common::tasks::beside;
 use k8s_openapi::api::core::v1::{Container, Pod};
 
 use super::admit::Room;
@@ -548,19 +549,6 @@ impl Job {
                 let _ = std::fs::remove_file(entry.path());
             }
         }
-    }
-}
-
-/// Runs what waits for a disk on a thread of its own, beside all other tasks. A panic in it is the
-/// step's.
-async fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done,
-        Err(ended) => match ended.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            // The process is ending: nobody will look at this step any more.
-            Err(_) => std::future::pending().await,
-        },
     }
 }
 

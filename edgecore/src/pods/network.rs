@@ -173,7 +173,7 @@ pub fn ensure(
         // Pods have addresses in it: another word of the operator waits until it is forgotten.
         Some(range) => range,
         None => {
-            let range = choose(inputs)?;
+            let range = choose(inputs, &config.bridge)?;
             keeper
                 .keep(&range.to_string())
                 .map_err(NetworkError::Keep)?;
@@ -196,7 +196,7 @@ pub fn ensure(
 }
 
 /// Configured, else the Node's range if the device routes none of it elsewhere, else a default.
-fn choose(inputs: &RangeInputs) -> Result<Range, NetworkError> {
+fn choose(inputs: &RangeInputs, bridge: &str) -> Result<Range, NetworkError> {
     let free = |range: Range, taken: &[Range]| !taken.iter().any(|t| t.overlaps(range));
     if let Some(range) = inputs.configured {
         return Ok(range);
@@ -204,9 +204,19 @@ fn choose(inputs: &RangeInputs) -> Result<Range, NetworkError> {
     if let Some(range) = inputs.pod_cidr.filter(|r| free(*r, &inputs.routes)) {
         return Ok(range);
     }
-    let defaults = DEFAULTS.iter().filter_map(|text| text.parse().ok());
+    // An agent beside another has routed nothing before its first Pod, so the routes alone do not
+    // keep the two apart: `edge1` begins with another default than `edge0`.
+    let (behind, ahead) = DEFAULTS.split_at(number_of(bridge) % DEFAULTS.len());
+    let defaults = ahead.iter().chain(behind);
+    let defaults = defaults.filter_map(|text| text.parse().ok());
     let mut fit = defaults.filter(|r| free(*r, &inputs.routes) && free(*r, &inputs.cluster));
     fit.next().ok_or(NetworkError::NoneFree)
+}
+
+/// The number that the name of an interface ends with; 0 without one.
+fn number_of(interface: &str) -> usize {
+    let name = interface.trim_end_matches(|c: char| c.is_ascii_digit());
+    interface[name.len()..].parse().unwrap_or(0)
 }
 
 /// The configuration that is not ours and that the runtime takes: it reads the first by name, so
@@ -416,10 +426,29 @@ mod tests {
                 "192.168.231.0/24",
             ),
         ] {
-            assert_eq!(choose(&inputs).unwrap().to_string(), want);
+            assert_eq!(choose(&inputs, "edge0").unwrap().to_string(), want);
         }
         let none = inputs(None, None, &["0.0.0.0/1", "128.0.0.0/1"], &[]);
-        assert!(matches!(choose(&none), Err(NetworkError::NoneFree)));
+        assert!(matches!(
+            choose(&none, "edge0"),
+            Err(NetworkError::NoneFree)
+        ));
+    }
+
+    #[test]
+    fn agents_side_by_side_choose_different_defaults() {
+        let nothing = RangeInputs::default();
+        let chosen = |bridge: &str| choose(&nothing, bridge).unwrap().to_string();
+        let numbered = ["edge0", "edge1", "edge2", "edge3", "edge4"];
+        assert_eq!(numbered.map(chosen), DEFAULTS);
+        assert_eq!([chosen("br-shop"), chosen("edge5")], [DEFAULTS[0]; 2]);
+        // The last of the list is followed by its beginning.
+        let taken = RangeInputs {
+            routes: vec![range(DEFAULTS[4])],
+            ..RangeInputs::default()
+        };
+        let next = choose(&taken, "edge4").unwrap().to_string();
+        assert_eq!(next, DEFAULTS[0]);
     }
 
     #[test]

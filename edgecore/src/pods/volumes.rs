@@ -29,6 +29,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use common::ids::ObjectKey;
+use common::tasks::beside;
 use k8s_openapi::api::core::v1::{Container, Pod, Volume, VolumeMount};
 
 use super::env::{ConfigError, expand_strictly};
@@ -153,7 +154,7 @@ impl Volumes {
         });
         let next_refresh = refresh.min();
         let (inner, pod, environment) = (self.inner.clone(), pod.clone(), environment.clone());
-        blocking(move || inner.set_up(&dir, &pod, &environment, &answers)).await??;
+        beside(move || inner.set_up(&dir, &pod, &environment, &answers)).await?;
         Ok(Mounted { next_refresh })
     }
 
@@ -239,13 +240,13 @@ impl Volumes {
     pub async fn teardown(&self, uid: &str) -> Result<(), MountError> {
         let dir = self.inner.pod_dir(uid)?;
         let inner = self.inner.clone();
-        blocking(move || inner.remove(&dir)).await?
+        beside(move || inner.remove(&dir)).await
     }
 
     /// The Pod is gone for good: nothing that was made for it alone is kept.
-    pub async fn forget(&self, pod: &ObjectKey) -> Result<(), MountError> {
+    pub async fn forget(&self, pod: &ObjectKey) {
         let (tokens, pod) = (self.inner.tokens.clone(), pod.clone());
-        blocking(move || tokens.forget(&pod)).await
+        beside(move || tokens.forget(&pod)).await;
     }
 
     /// The Pods that have a directory here, to find those that nobody knows any more.
@@ -257,18 +258,6 @@ impl Volumes {
         let names = entries.filter_map(|e| e.file_name().into_string().ok());
         names.filter(|n| is_name(n)).collect()
     }
-}
-
-/// Runs file system work on a thread of its own, for flash may be slow.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, MountError> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(|e| MountError::Io {
-        what: "change",
-        path: PathBuf::from("the Pod's directory"),
-        source: io::Error::other(e),
-    })
 }
 
 fn uid(pod: &Pod) -> &str {

@@ -271,9 +271,7 @@ impl Worker {
     /// The record of the Pod goes last: whatever is cut off before it is done again.
     async fn over(&self) -> Next {
         self.release().await;
-        if let Err(error) = self.shared.volumes.forget(&self.key).await {
-            tracing::warn!(pod = %self.key, %error, "the tokens of a Pod that is gone were not removed");
-        }
+        self.shared.volumes.forget(&self.key).await;
         self.shared.reports.forget_pod(&self.key);
         self.shared.desired.forget(&self.key);
         Next::Over

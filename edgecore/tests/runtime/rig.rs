@@ -35,6 +35,34 @@ pub(crate) struct Containerd {
     _tmp: tempfile::TempDir,
 }
 
+/// Set in the process that the namespaces are for.
+const INSIDE: &str = "EDGECORE_TEST_INSIDE";
+
+/// Whether this process has namespaces of its own (network, mounts, processes). If not, it runs the
+/// calling test once more in such, and fails as that fails: whatever becomes of the test, also when
+/// it is killed, the kernel takes interfaces, mounts, names of networks and processes away with it.
+pub(crate) fn in_namespaces() -> bool {
+    if std::env::var_os(INSIDE).is_some() {
+        // The names of Pods' networks are kept here.
+        fs::create_dir_all("/run/netns").unwrap();
+        run(Command::new("mount").args(["-t", "tmpfs", "tmpfs", "/run/netns"]));
+        run(Command::new("ip").args(["link", "set", "lo", "up"]));
+        return true;
+    }
+    let test = std::thread::current();
+    let test = test.name().expect("the harness names a test's thread");
+    let mut again = Command::new("setpriv");
+    again.args(["--pdeathsig", "KILL", "unshare", "--net", "--mount"]);
+    again.args(["--pid", "--mount-proc", "--fork", "--kill-child"]);
+    again.arg(std::env::current_exe().unwrap());
+    again
+        .args(["--exact", test, "--nocapture"])
+        .env(INSIDE, "1");
+    let status = again.status().expect("util-linux is installed");
+    assert!(status.success(), "in namespaces of its own: {status}");
+    false
+}
+
 /// Shows the agent's log where `RUST_LOG` asks for it.
 pub(crate) fn log() {
     let filter = tracing_subscriber::EnvFilter::from_default_env();

@@ -16,9 +16,7 @@ fn killing_edgecore_restarts_no_container() -> Result<()> {
     let world = world()?;
     let _peace = world.in_peace();
     let mut edge = world.edge("adopt")?;
-    world
-        .kubectl
-        .apply(&shell_pod("adopted", "adopt", "sleep 1000").to_string())?;
+    world.sleeper("adopted", "adopt")?;
     let before = world.pod_running(&edge, "adopted")?;
     let started = before["status"]["containerStatuses"][0]["state"]["running"].clone();
 
@@ -29,15 +27,9 @@ fn killing_edgecore_restarts_no_container() -> Result<()> {
     );
     edge.start()?;
     // A second Pod comes up: by then the agent has looked at everything that it found.
-    world
-        .kubectl
-        .apply(&shell_pod("adopted-2", "adopt", "sleep 1000").to_string())?;
+    world.sleeper("adopted-2", "adopt")?;
     world.pod_running(&edge, "adopted-2")?;
-    let after = world.pod_running(&edge, "adopted")?;
-    ensure!(
-        container_id(&before)? == container_id(&after)?,
-        "the container was replaced"
-    );
+    let after = world.same_container(&edge, &before)?;
     ensure!(restarts(&after) == Some(0), "{}", after["status"]);
     ensure!(after["status"]["containerStatuses"][0]["state"]["running"] == started);
 
@@ -80,9 +72,7 @@ fn a_cut_link_evicts_nothing_and_what_changed_meanwhile_arrives_after_it() -> Re
     stays["spec"]["volumes"] = json!([{"name": "c", "configMap": {"name": "cut-config"}}]);
     stays["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "c", "mountPath": "/c"}]);
     world.kubectl.apply(&stays.to_string())?;
-    world
-        .kubectl
-        .apply(&shell_pod("cut-goes", "cut", "sleep 1000").to_string())?;
+    world.sleeper("cut-goes", "cut")?;
     let before = world.pod_running(&edge, "cut-stays")?;
     let doomed = container_id(&world.pod_running(&edge, "cut-goes")?)?;
 
@@ -94,9 +84,7 @@ fn a_cut_link_evicts_nothing_and_what_changed_meanwhile_arrives_after_it() -> Re
         "-p",
         r#"{"data":{"level":"high"}}"#,
     ])?;
-    world
-        .kubectl
-        .apply(&shell_pod("cut-comes", "cut", "sleep 1000").to_string())?;
+    world.sleeper("cut-comes", "cut")?;
     world
         .kubectl
         .ok(&["delete", "pod", "cut-goes", "--wait=false"])?;
@@ -138,11 +126,7 @@ fn a_cut_link_evicts_nothing_and_what_changed_meanwhile_arrives_after_it() -> Re
     })
     .with_context(|| world.story(&edge))?;
     println!("link back to all changes applied: {:?}", begun.elapsed());
-    let after = world.pod_running(&edge, "cut-stays")?;
-    ensure!(
-        container_id(&before)? == container_id(&after)?,
-        "the container was replaced"
-    );
+    let after = world.same_container(&edge, &before)?;
     ensure!(restarts(&after) == Some(0), "{}", after["status"]);
     Ok(())
 }

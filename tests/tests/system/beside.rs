@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use testbed::cloud::product;
 use testbed::containerd::{Containerd, Flavour};
 use testbed::wait::{holds_for, wait_for};
-use testbed::world::{SOON, condition, container_id, restarts, shell_pod};
+use testbed::world::{SOON, condition, container_id, restarts};
 
 use crate::world;
 
@@ -13,9 +13,7 @@ fn two_edgecores_serve_beside_each_other_on_one_device() -> Result<()> {
     let world = world()?;
     let _peace = world.in_peace();
     let edge = world.edge("beside-1")?;
-    world
-        .kubectl
-        .apply(&shell_pod("beside-pod-1", "beside-1", "sleep 1000").to_string())?;
+    world.sleeper("beside-pod-1", "beside-1")?;
     let first = world.pod_running(&edge, "beside-pod-1")?;
 
     let runtime = Containerd::start_as(
@@ -47,9 +45,7 @@ fn two_edgecores_serve_beside_each_other_on_one_device() -> Result<()> {
         Ok(())
     })
     .with_context(|| process.tail(40))?;
-    world
-        .kubectl
-        .apply(&shell_pod("beside-pod-2", "beside-2", "sleep 1000").to_string())?;
+    world.sleeper("beside-pod-2", "beside-2")?;
     let pod = world.pod_running(&edge, "beside-pod-2")?;
 
     // Each in its own runtime, and with an address that the other has not.

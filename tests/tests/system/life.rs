@@ -60,9 +60,7 @@ fn each_step_of_a_pods_life_is_an_event_of_it() -> Result<()> {
     let world = world()?;
     let _peace = world.in_peace();
     let edge = world.edge("events")?;
-    world
-        .kubectl
-        .apply(&shell_pod("event-pod", "events", "sleep 1000").to_string())?;
+    world.sleeper("event-pod", "events")?;
     let object = world.pod_running(&edge, "event-pod")?;
     world
         .kubectl
@@ -162,9 +160,7 @@ fn an_object_that_cannot_be_served_is_marked_and_the_others_go_on() -> Result<()
         let message = event["message"].as_str().unwrap_or_default();
         ensure!(message.contains(word), "{event}");
     }
-    world
-        .kubectl
-        .apply(&shell_pod("odd-not", "odd", "sleep 1000").to_string())?;
+    world.sleeper("odd-not", "odd")?;
     world.pod_running(&edge, "odd-not")?;
     for (pod, _, _) in &odd {
         let name = pod["metadata"]["name"].as_str().context("a name")?;

@@ -5,7 +5,6 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use testbed::edge::Transport;
 use testbed::wait::wait_for;
-use testbed::world::shell_pod;
 
 use crate::world;
 
@@ -20,9 +19,7 @@ fn two_devices_with_the_same_private_address_serve_behind_their_own_nat() -> Res
             .exec(&["ip", "-4", "-o", "address", "show", "eth0"])?;
         ensure!(address.contains(testbed::netns::EDGE_ADDRESS), "{address}");
         let name = format!("{}-pod", edge.name);
-        world
-            .kubectl
-            .apply(&shell_pod(&name, &edge.name, "sleep 1000").to_string())?;
+        world.sleeper(&name, &edge.name)?;
     }
     for edge in &edges {
         world.pod_running(edge, &format!("{}-pod", edge.name))?;
@@ -37,9 +34,7 @@ fn without_udp_the_websocket_serves() -> Result<()> {
     let mut edge = world.machine("no-udp")?;
     edge.machine.drop_udp()?;
     world.join(&mut edge, &[])?;
-    world
-        .kubectl
-        .apply(&shell_pod("no-udp-pod", "no-udp", "sleep 1000").to_string())?;
+    world.sleeper("no-udp-pod", "no-udp")?;
     world.pod_running(&edge, "no-udp-pod")?;
     let sockets = edge.machine.exec(&["busybox", "netstat", "-tn"])?;
     let port = format!(":{}", testbed::cloud::PORT);
@@ -58,9 +53,7 @@ fn udp_that_stops_in_mid_session_is_replaced_by_the_websocket() -> Result<()> {
     let _peace = world.in_peace();
     let edge = world.edge("lost-udp")?;
     edge.machine.drop_udp()?;
-    world
-        .kubectl
-        .apply(&shell_pod("lost-udp-pod", "lost-udp", "sleep 1000").to_string())?;
+    world.sleeper("lost-udp-pod", "lost-udp")?;
     // 45 s until the dead link is noticed, and then a dial.
     wait_for(
         "the Pod over the other transport",
@@ -86,9 +79,7 @@ fn each_transport_can_be_asked_for() -> Result<()> {
         edge.transport = transport;
         world.join(&mut edge, &[])?;
         let pod = format!("{name}-pod");
-        world
-            .kubectl
-            .apply(&shell_pod(&pod, name, "sleep 1000").to_string())?;
+        world.sleeper(&pod, name)?;
         world.pod_running(&edge, &pod)?;
     }
     Ok(())
@@ -100,9 +91,7 @@ fn a_new_address_outside_is_survived() -> Result<()> {
     let _peace = world.in_peace();
     let mut edge = world.edge("moved")?;
     edge.machine.change_address(250)?;
-    world
-        .kubectl
-        .apply(&shell_pod("moved-pod", "moved", "sleep 1000").to_string())?;
+    world.sleeper("moved-pod", "moved")?;
     wait_for("a Pod after the move", Duration::from_secs(100), || {
         let pod = world.kubectl.json(&["get", "pod", "moved-pod"])?;
         ensure!(pod["status"]["phase"] == "Running", "{}", pod["status"]);

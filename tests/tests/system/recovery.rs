@@ -5,8 +5,9 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use testbed::edge::Edge;
 use testbed::wait::wait_for;
-use testbed::world::{SOON, container_id, shell_pod};
+use testbed::world::{SOON, World};
 
 use crate::world;
 
@@ -15,15 +16,11 @@ fn killing_cloudcore_and_the_api_server_restarts_nothing() -> Result<()> {
     let world = world()?;
     let _alone = world.alone();
     let mut edge = world.edge("recover")?;
-    world
-        .kubectl
-        .apply(&shell_pod("recover-1", "recover", "sleep 1000").to_string())?;
+    world.sleeper("recover-1", "recover")?;
     let before = world.pod_running(&edge, "recover-1")?;
 
     world.cloud().kill();
-    world
-        .kubectl
-        .apply(&shell_pod("recover-2", "recover", "sleep 1000").to_string())?;
+    world.sleeper("recover-2", "recover")?;
     let begun = Instant::now();
     world.cloud().resume()?;
     world.pod_running(&edge, "recover-2")?;
@@ -34,39 +31,23 @@ fn killing_cloudcore_and_the_api_server_restarts_nothing() -> Result<()> {
 
     world.cluster().kill_api();
     world.cluster().start_api()?;
-    world
-        .kubectl
-        .apply(&shell_pod("recover-3", "recover", "sleep 1000").to_string())?;
+    world.sleeper("recover-3", "recover")?;
     world.pod_running(&edge, "recover-3")?;
     world.node_ready(&mut edge)?;
-    let after = world.pod_running(&edge, "recover-1")?;
-    ensure!(
-        container_id(&before)? == container_id(&after)?,
-        "the container was replaced"
-    );
-    Ok(())
+    world.same_container(&edge, &before).map(drop)
 }
 
 #[test]
 fn a_runtime_that_comes_late_is_reported_and_then_used() -> Result<()> {
     let world = world()?;
     let _peace = world.in_peace();
-    let mut edge = testbed::edge::Edge::bare(&world.backbone, "late-runtime")?;
+    let mut edge = Edge::bare(&world.backbone, "late-runtime")?;
     let invitation = world.cloud().invite(&[])?;
     edge.join(&invitation)?;
-    wait_for("a Node that says it has no runtime", SOON, || {
-        edge.ensure_running()?;
-        let node = world.kubectl.json(&["get", "node", "late-runtime"])?;
-        let ready = testbed::world::condition(&node, "Ready");
-        ensure!(ready == Some("False"), "{}", node["status"]["conditions"]);
-        Ok(())
-    })
-    .with_context(|| world.story(&edge))?;
+    says_no_runtime(world, &mut edge)?;
     edge.start_runtime()?;
     world.node_ready(&mut edge)?;
-    world
-        .kubectl
-        .apply(&shell_pod("late-pod", "late-runtime", "sleep 1000").to_string())?;
+    world.sleeper("late-pod", "late-runtime")?;
     world.pod_running(&edge, "late-pod")?;
     Ok(())
 }
@@ -76,38 +57,15 @@ fn a_runtime_that_goes_away_is_reported_and_the_pods_go_on() -> Result<()> {
     let world = world()?;
     let _peace = world.in_peace();
     let mut edge = world.edge("lost-runtime")?;
-    world
-        .kubectl
-        .apply(&shell_pod("stays-1", "lost-runtime", "sleep 1000").to_string())?;
+    world.sleeper("stays-1", "lost-runtime")?;
     let before = world.pod_running(&edge, "stays-1")?;
     edge.containerd.as_mut().context("a runtime")?.kill();
-    wait_for("a Node that says that its runtime is away", SOON, || {
-        edge.ensure_running()?;
-        let node = world.kubectl.json(&["get", "node", "lost-runtime"])?;
-        let conditions = node["status"]["conditions"].as_array();
-        let ready = conditions
-            .into_iter()
-            .flatten()
-            .find(|condition| condition["type"] == "Ready")
-            .context("no condition")?;
-        ensure!(ready["status"] == "False", "{ready}");
-        let told = ready["message"].as_str().unwrap_or_default();
-        ensure!(told.contains("runtime"), "{ready}");
-        Ok(())
-    })
-    .with_context(|| world.story(&edge))?;
+    says_no_runtime(world, &mut edge)?;
     edge.start_runtime()?;
     world.node_ready(&mut edge)?;
-    world
-        .kubectl
-        .apply(&shell_pod("stays-2", "lost-runtime", "sleep 1000").to_string())?;
+    world.sleeper("stays-2", "lost-runtime")?;
     world.pod_running(&edge, "stays-2")?;
-    let after = world.pod_running(&edge, "stays-1")?;
-    ensure!(
-        container_id(&before)? == container_id(&after)?,
-        "the container was replaced"
-    );
-    Ok(())
+    world.same_container(&edge, &before).map(drop)
 }
 
 #[test]
@@ -149,6 +107,25 @@ fn the_admin_endpoint_shows_every_session_and_its_figures() -> Result<()> {
     )?;
     ensure!(!answer.starts_with("HTTP/1.1 2"), "{answer}");
     Ok(())
+}
+
+/// The Node is not Ready, for want of its runtime.
+fn says_no_runtime(world: &World, edge: &mut Edge) -> Result<()> {
+    wait_for("a Node that says that its runtime is away", SOON, || {
+        edge.ensure_running()?;
+        let node = world.kubectl.json(&["get", "node", &edge.name])?;
+        let conditions = node["status"]["conditions"].as_array();
+        let ready = conditions
+            .into_iter()
+            .flatten()
+            .find(|condition| condition["type"] == "Ready")
+            .context("no condition")?;
+        ensure!(ready["status"] == "False", "{ready}");
+        let told = ready["message"].as_str().unwrap_or_default();
+        ensure!(told.contains("runtime"), "{ready}");
+        Ok(())
+    })
+    .with_context(|| world.story(edge))
 }
 
 /// The answer, head included.

@@ -7,7 +7,7 @@ use testbed::cluster::Options;
 use testbed::edge::Edge;
 use testbed::programs::K8S_1_37;
 use testbed::wait::wait_for;
-use testbed::world::{SOON, World, container_id, restarts, shell_pod};
+use testbed::world::{SOON, World, container_id, restarts};
 
 /// Short enough for a test, long enough for a machine that does much else.
 const LIFE: Duration = Duration::from_secs(40);
@@ -22,9 +22,7 @@ fn a_certificate_is_renewed_in_time_and_replaced_when_it_ran_out() -> Result<()>
     let mut edge = world.machine("renews")?;
     let begun = Instant::now();
     world.join(&mut edge, &[])?;
-    world
-        .kubectl
-        .apply(&shell_pod("renew-pod", "renews", "sleep 1000").to_string())?;
+    world.sleeper("renew-pod", "renews")?;
     let before = world.pod_running(&edge, "renew-pod")?;
     let first = key_of(&world)?;
 
@@ -61,11 +59,7 @@ fn a_certificate_is_renewed_in_time_and_replaced_when_it_ran_out() -> Result<()>
     std::thread::sleep(LIFE + Duration::from_secs(2));
     edge.start()?;
     is_served(&world, &mut edge, "renew-pod-3")?;
-    let after = world.pod_running(&edge, "renew-pod")?;
-    ensure!(
-        container_id(&before)? == container_id(&after)?,
-        "the container was replaced"
-    );
+    let after = world.same_container(&edge, &before)?;
     ensure!(restarts(&after) == Some(0), "{}", after["status"]);
 
     // Beyond the grace it does not, and the device is told what to do.
@@ -115,8 +109,6 @@ fn key_of(world: &World) -> Result<String> {
 /// A Pod that is made now comes up: the session is a new one, not what the cluster remembers.
 fn is_served(world: &World, edge: &mut Edge, pod: &str) -> Result<()> {
     let name = edge.name.clone();
-    world
-        .kubectl
-        .apply(&shell_pod(pod, &name, "sleep 1000").to_string())?;
+    world.sleeper(pod, &name)?;
     world.pod_running(edge, pod).map(drop)
 }

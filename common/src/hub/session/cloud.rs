@@ -18,8 +18,8 @@ use std::sync::Arc;
 use prost::Message as _;
 
 use super::{
-    MAX_OBJECTS, MAX_REPORT, Marks, ProtocolError, behind, digest_or_empty, id16, marks_from_wire,
-    marks_to_wire,
+    MAX_OBJECTS, MAX_REPORT, Marks, ProtocolError, Stage, behind, digest_or_empty, id16,
+    marks_from_wire, marks_to_wire,
 };
 use crate::hub::proto::message::Body;
 use crate::hub::{Lane, PROTOCOL_VERSION, delta, proto};
@@ -108,7 +108,7 @@ enum Phase {
     Live,
 }
 
-impl Phase {
+impl Stage for Phase {
     fn word(self) -> &'static str {
         match self {
             Phase::Expecting => "waiting for a Hello",
@@ -230,14 +230,6 @@ impl CloudSession {
         self.in_flight.iter().flatten().count()
     }
 
-    fn require(&self, phase: Phase, what: &'static str) -> Result<(), ProtocolError> {
-        if self.phase == phase {
-            Ok(())
-        } else {
-            Err(ProtocolError::OutOfPlace(what, self.phase.word()))
-        }
-    }
-
     /// Takes one message from the edge.
     pub fn handle(
         &mut self,
@@ -262,42 +254,42 @@ impl CloudSession {
     fn take(&mut self, body: Body, view: &dyn CloudView) -> Result<(), ProtocolError> {
         match body {
             Body::Hello(hello) => {
-                self.require(Phase::Expecting, "a Hello")?;
+                self.phase.require(Phase::Expecting, "a Hello")?;
                 self.greeted(hello)?;
             }
             Body::WelcomeAck(_) => {
-                self.require(Phase::Welcomed, "a WelcomeAck")?;
+                self.phase.require(Phase::Welcomed, "a WelcomeAck")?;
                 self.go_live(view)?;
                 for body in std::mem::take(&mut self.early) {
                     self.take(body, view)?;
                 }
             }
             Body::BatchAck(ack) => {
-                self.require(Phase::Live, "a BatchAck")?;
+                self.phase.require(Phase::Live, "a BatchAck")?;
                 self.batch_acked(ack)?;
                 self.pump(view);
             }
             Body::Inventory(page) => {
-                self.require(Phase::Live, "an Inventory")?;
+                self.phase.require(Phase::Live, "an Inventory")?;
                 self.inventory(page)?;
                 self.pump(view);
             }
             Body::Reports(reports) => {
-                self.require(Phase::Live, "Reports")?;
+                self.phase.require(Phase::Live, "Reports")?;
                 check_size(&reports.reports)?;
                 for report in reports.reports {
                     self.report(report, view)?;
                 }
             }
             Body::Events(events) => {
-                self.require(Phase::Live, "Events")?;
+                self.phase.require(Phase::Live, "Events")?;
                 if events.events.len() > EVENTS_AT_ONCE {
                     return Err(ProtocolError::OutOfPlace("so many Events", "live"));
                 }
                 self.events.push_back(CloudEvent::Events(events.events));
             }
             Body::Request(request) => {
-                self.require(Phase::Live, "a Request")?;
+                self.phase.require(Phase::Live, "a Request")?;
                 self.events.push_back(CloudEvent::Asked(request));
             }
             Body::GoAway(_) => {}

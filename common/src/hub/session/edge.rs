@@ -10,7 +10,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
-use super::{Marks, ProtocolError, id16, marks_from_wire, marks_to_wire};
+use super::{Marks, ProtocolError, Stage, id16, marks_from_wire, marks_to_wire};
 use crate::hub::proto::message::Body;
 use crate::hub::{Lane, PROTOCOL_VERSION, delta, proto};
 use crate::ids::ObjectKey;
@@ -114,7 +114,7 @@ enum Phase {
     Live,
 }
 
-impl Phase {
+impl Stage for Phase {
     fn word(self) -> &'static str {
         match self {
             Phase::Greeting => "waiting for the welcome",
@@ -215,14 +215,6 @@ impl EdgeSession {
         self.phase == Phase::Live
     }
 
-    fn require(&self, phase: Phase, what: &'static str) -> Result<(), ProtocolError> {
-        if self.phase == phase {
-            Ok(())
-        } else {
-            Err(ProtocolError::OutOfPlace(what, self.phase.word()))
-        }
-    }
-
     /// Takes one message from the cloud.
     pub fn handle(
         &mut self,
@@ -236,7 +228,7 @@ impl EdgeSession {
         };
         match body {
             Body::Welcome(welcome) => {
-                self.require(Phase::Greeting, "a Welcome")?;
+                self.phase.require(Phase::Greeting, "a Welcome")?;
                 if welcome.version == 0 || welcome.version > PROTOCOL_VERSION {
                     return Err(ProtocolError::Version(welcome.version));
                 }
@@ -246,7 +238,7 @@ impl EdgeSession {
             }
             Body::GoAway(go) => self.events.push_back(EdgeEvent::GoAway(go)),
             Body::Batch(batch) => {
-                self.require(Phase::Live, "a Batch")?;
+                self.phase.require(Phase::Live, "a Batch")?;
                 if self.batches.len() >= Lane::ALL.len() {
                     return Err(ProtocolError::OutOfPlace("too many Batches", "committing"));
                 }
@@ -254,18 +246,18 @@ impl EdgeSession {
                 self.next_commit(state)?;
             }
             Body::WantInventory(_) => {
-                self.require(Phase::Live, "a WantInventory")?;
+                self.phase.require(Phase::Live, "a WantInventory")?;
                 self.send_inventory(state);
             }
             Body::ReportAcks(acks) => {
-                self.require(Phase::Live, "ReportAcks")?;
+                self.phase.require(Phase::Live, "ReportAcks")?;
                 for ack in acks.acks {
                     self.report_acked(ack)?;
                 }
                 self.pump(state);
             }
             Body::WantReports(_) => {
-                self.require(Phase::Live, "a WantReports")?;
+                self.phase.require(Phase::Live, "a WantReports")?;
                 self.resend_all = true;
                 self.acked.clear();
                 self.pump(state);
