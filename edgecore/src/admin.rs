@@ -1,26 +1,35 @@
-//! The local socket: what this edgecore is doing, as one JSON document, for `edgecore status` and
-//! for a human with `socat`. Only root can open it.
+//! The local socket: the node's API, and what this edgecore is doing as one JSON document at
+//! `/status`. For `edgecore status`, `edgecore ctl` and a human with `curl --unix-socket`. Only root
+//! can open it.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::ids::Kind;
+use http::{Method, Request};
+use hyper::body::Incoming;
 use serde_json::json;
-use tokio::io::AsyncWriteExt as _;
 use tokio::net::UnixListener;
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
+use crate::ctl::client::Client;
+use crate::ctl::{self, CtlError};
 use crate::pods::manager::RuntimeState;
 use crate::store::desired::Desired;
 use crate::store::reports::Reports;
+use crate::stream::{self, Answer, NodeApi, serve};
 
-/// A status document is some KiB.
-const MAX_STATUS: u64 = 4 << 20;
+/// The document of `edgecore status`.
+const STATUS: &str = "/status";
+/// People at the device and their scripts; more at once wait.
+const CONNECTIONS: usize = 32;
 
 /// What it shows.
 pub struct Shown {
@@ -69,36 +78,49 @@ impl Shown {
 }
 
 /// Serves the socket until shutdown. Its failure is told and costs nothing else.
-pub async fn run(path: PathBuf, shown: Shown, shutdown: CancellationToken) {
+pub async fn run(path: PathBuf, shown: Shown, api: NodeApi, shutdown: CancellationToken) {
     let listener = match bind(&path) {
         Ok(listener) => listener,
         Err(error) => {
-            warn!(socket = %path.display(), %error, "no admin socket: `edgecore status` will not work");
+            warn!(
+                socket = %path.display(), %error,
+                "no admin socket: `edgecore status` and `edgecore ctl` will not work"
+            );
             return;
         }
     };
+    let shown = Arc::new(shown);
+    let mut connections = JoinSet::new();
     loop {
-        let stream = tokio::select! {
+        let full = connections.len() >= CONNECTIONS;
+        tokio::select! {
             biased;
             () = shutdown.cancelled() => break,
-            accepted = listener.accept() => accepted,
-        };
-        match stream {
-            Ok((mut stream, _)) => {
-                let text = shown.document().to_string();
-                // A reader that went away, or does not read, costs a second.
-                let written = stream.write_all(text.as_bytes());
-                let _ = tokio::time::timeout(Duration::from_secs(1), written).await;
-            }
-            Err(error) => {
-                // No descriptor is free, most likely: asking at once again would only spin.
-                warn!(%error, "the admin socket takes nobody for a moment");
-                tokio::time::sleep(Duration::from_secs(1)).await;
-            }
+            Some(_) = connections.join_next(), if !connections.is_empty() => {}
+            accepted = listener.accept(), if !full => match accepted {
+                Ok((stream, _)) => {
+                    let (shown, api) = (shown.clone(), api.clone());
+                    connections.spawn(serve::serve(stream, move |request| {
+                        answer(shown.clone(), api.clone(), request)
+                    }));
+                }
+                Err(error) => {
+                    // No descriptor is free, most likely: asking at once again would only spin.
+                    warn!(%error, "the admin socket takes nobody for a moment");
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+            },
         }
     }
     // The next start removes it as well.
     let _ = std::fs::remove_file(&path);
+}
+
+async fn answer(shown: Arc<Shown>, api: NodeApi, request: Request<Incoming>) -> Answer {
+    if request.uri().path() == STATUS && request.method() == Method::GET {
+        return stream::document(stream::JSON, shown.document().to_string()).into();
+    }
+    api.answer(request).await
 }
 
 /// Takes the place of a socket that nobody listens on any more, and of nothing else.
@@ -120,22 +142,17 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
 }
 
 /// `edgecore status`: the document, indented.
-pub fn print_status(socket: &Path) -> io::Result<()> {
-    let explain = |e: io::Error| {
-        let text = format!(
-            "no edgecore answers at {}: {e}; is it running?",
-            socket.display()
-        );
-        io::Error::new(e.kind(), text)
-    };
-    let stream = UnixStream::connect(socket).map_err(explain)?;
-    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-    let mut text = String::new();
-    stream.take(MAX_STATUS).read_to_string(&mut text)?;
-    let document: serde_json::Value = serde_json::from_str(&text).map_err(io::Error::other)?;
-    let pretty = serde_json::to_string_pretty(&document).map_err(io::Error::other)?;
-    io::stdout().write_all(pretty.as_bytes())?;
-    io::stdout().write_all(b"\n")
+pub fn print_status(socket: &Path) -> Result<(), CtlError> {
+    let document: serde_json::Value = ctl::run(async {
+        let text = Client::new(socket).document(STATUS).await?;
+        serde_json::from_slice(&text).map_err(CtlError::Document)
+    })?;
+    let pretty = serde_json::to_string_pretty(&document).map_err(CtlError::Document)?;
+    let mut out = io::stdout();
+    let written = out.write_all(pretty.as_bytes());
+    written
+        .and_then(|()| out.write_all(b"\n"))
+        .map_err(CtlError::Output)
 }
 
 #[cfg(test)]

@@ -6,6 +6,9 @@
 //!   ▲         ▲          │ reports, events
 //!   │       commit       ▼
 //!   └──── hub (dial, session) ◄── reports, events, tokens ── node (status, environment)
+//!              │ tunnels
+//!              ▼
+//! admin ──► stream (the node's kubelet API) ──► cri, desired, reports
 //! ```
 //!
 //! No network call stands between the start and the Pods: what the store holds is enough.
@@ -43,6 +46,9 @@ use crate::store::desired::Desired;
 use crate::store::events::Events;
 use crate::store::reports::Reports;
 use crate::store::{Store, StoreError};
+use crate::stream::leftover::Leftovers;
+use crate::stream::tunnels::Tunnels;
+use crate::stream::{self, NodeApi};
 
 /// Why edgecore did not start, or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -206,6 +212,21 @@ async fn assemble(
             clock: None,
         },
     );
+    let (leftovers, leftover_task) = Leftovers::build();
+    let api = NodeApi::build(stream::Deps {
+        cri: runtime.clone(),
+        desired: desired.clone(),
+        reports: reports.clone(),
+        runtime: pods.runtime.clone(),
+        environment: environment.subscribe(),
+        leftovers,
+        settings: stream::Settings {
+            node: identity.node.to_string(),
+            cri: config.cri.clone(),
+            pod_logs: config.pod_logs_dir.clone(),
+            most_pods: manager::Config::default().most_pods,
+        },
+    });
     let node_task = reporter::Task::build(reporter::Deps {
         config: NodeConfig::new(identity.node.as_str()),
         data_dir: config.data_dir.clone(),
@@ -242,6 +263,7 @@ async fn assemble(
         asks: asked,
         connected,
         environment: from_cloud,
+        tunnels: Tunnels::build(api.clone()),
         transport: config.transport,
         dead_after: config.dead_after,
     });
@@ -251,8 +273,12 @@ async fn assemble(
     tasks.spawn("the node's status", node_task.run(shutdown.clone()));
     tasks.spawn("the Pods' network", network_task.run(shutdown.clone()));
     tasks.spawn("the hub", hub_task.run(shutdown.clone()));
-    let admin = admin::run(config.admin.clone(), shown, shutdown.clone());
+    let admin = admin::run(config.admin.clone(), shown, api, shutdown.clone());
     tasks.spawn_spare("the admin socket", admin);
+    tasks.spawn(
+        "the end of what execs leave",
+        leftover_task.run(shutdown.clone()),
+    );
     tasks.supervise(shutdown, |_| {}).await?;
     store.close().map_err(failed)
 }

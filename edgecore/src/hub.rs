@@ -31,6 +31,7 @@ use crate::store::Store;
 use crate::store::desired::Desired;
 use crate::store::events::Events;
 use crate::store::reports::Reports;
+use crate::stream::tunnels::Tunnels;
 use identity::{Identity, IdentityError, Renewal};
 use session::{SessionDeps, SessionEnd, kept};
 use state::{Facts, StoreState};
@@ -78,6 +79,19 @@ fn link_config(dead_after: Duration) -> LinkConfig {
     }
 }
 
+/// A session and what else its connection carries, which ends with it.
+async fn beside<T>(session: impl Future<Output = T>, rest: impl Future<Output = ()>) -> T {
+    let rest = async {
+        rest.await;
+        std::future::pending().await
+    };
+    tokio::select! {
+        biased;
+        end = session => end,
+        never = rest => never,
+    }
+}
+
 /// What the task is made of.
 pub struct Deps {
     pub store: Store,
@@ -88,6 +102,8 @@ pub struct Deps {
     pub asks: mpsc::Receiver<Ask>,
     pub connected: watch::Sender<bool>,
     pub environment: watch::Sender<Option<proto::NodeEnvironment>>,
+    /// Outlives a connection by what its tunnels need to end.
+    pub tunnels: Tunnels,
     pub transport: Preference,
     pub dead_after: Duration,
 }
@@ -160,7 +176,9 @@ impl Task {
             renewal: &mut renewal,
             shutdown,
         };
-        let (end, proved) = session::run(&connection, deps).await;
+        let tunnels = self.deps.tunnels.serve(&connection);
+        let session = session::run(&connection, deps);
+        let (end, proved) = beside(session, tunnels).await;
         if proved {
             self.backoff.reset();
         }

@@ -5,12 +5,16 @@ use std::process::ExitCode;
 use clap::Parser;
 use edgecore::cli::{Cli, Command};
 use edgecore::config::Config;
+use edgecore::ctl::{self, CtlError};
 use edgecore::{admin, app};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match cli.command {
-        Some(Command::Status { admin: socket }) => report(admin::print_status(&socket)),
+        Some(Command::Status { admin: socket }) => {
+            report(admin::print_status(&socket).map(|()| ExitCode::SUCCESS))
+        }
+        Some(Command::Ctl(args)) => report(ctl::start(args)),
         Some(Command::Run(args)) => run(args),
         None => run(cli.run),
     }
@@ -28,9 +32,9 @@ fn run(args: edgecore::cli::RunArgs) -> ExitCode {
     }
 }
 
-fn report(result: std::io::Result<()>) -> ExitCode {
+fn report(result: Result<ExitCode, CtlError>) -> ExitCode {
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => fail(&error, 1),
     }
 }
