@@ -97,7 +97,10 @@ pub fn pod_status(input: &Input<'_>) -> PodStatus {
         })
         .collect();
 
-    let phase = phase(input, &init_statuses, &statuses);
+    let verdict = phase(input, &init_statuses, &statuses);
+    let held = held_back(input, &verdict);
+    let failed = input.failed.filter(|_| held.is_none());
+    let phase = held.unwrap_or(verdict);
     let mut out = PodStatus {
         phase: Some(phase.clone()),
         observed_generation: input.pod.metadata.generation,
@@ -111,7 +114,7 @@ pub fn pod_status(input: &Input<'_>) -> PodStatus {
         ..Default::default()
     };
     addresses(input, &mut out);
-    (out.reason, out.message) = match (input.failed, previous) {
+    (out.reason, out.message) = match (failed, previous) {
         (Some(f), _) => (Some(f.reason.clone()), Some(f.message.clone())),
         (None, Some(p)) if is_terminal(p.phase.as_deref()) => (p.reason.clone(), p.message.clone()),
         (None, _) => (None, None),
@@ -425,6 +428,16 @@ fn initialised(inits: &[Container], statuses: &[ContainerStatus]) -> bool {
             s.ready
         }
     })
+}
+
+/// The phase of before, while a Pod that is to end finally still has something running: whoever
+/// reads a final phase gives the Pod's place to another.
+fn held_back(input: &Input<'_>, verdict: &str) -> Option<String> {
+    let runs = input.intent.ends() && input.observed.any_running();
+    let before = input.previous.and_then(|p| p.phase.as_deref());
+    before
+        .filter(|before| runs && is_terminal(Some(verdict)) && !is_terminal(Some(before)))
+        .map(str::to_owned)
 }
 
 /// The phase that follows from the containers, unless it is final already.

@@ -584,3 +584,30 @@ fn a_container_says_what_it_was_given_and_not_what_it_would_get_now() {
     let bare = pod("Always", json!([]), &["m"]);
     assert_eq!(said(&case(&bare, &["m=run"]).at(1)), json!([{}, null]));
 }
+
+#[test]
+fn a_final_phase_is_not_said_while_anything_of_the_pod_runs() {
+    let pod = debugged("Never");
+    let failed = Failed {
+        reason: "DeadlineExceeded".into(),
+        message: "too long".into(),
+    };
+    for (failed, last) in [(None, "Succeeded"), (Some(failed), "Failed")] {
+        let mut case = Case {
+            failed,
+            ..case(&pod, &["m=run", "debug=run"])
+        };
+        let mut before = case.at(1);
+        before.phase = Some("Running".into());
+        case.previous = Some(before);
+        case.intent = Intent::Finish;
+        case.observed = observed(&["m=0", "debug=run"]);
+        let status = case.at(2);
+        assert_eq!(status.phase.as_deref(), Some("Running"));
+        assert_eq!(status.reason, None);
+        case.observed = observed(&["m=0", "debug=137"]);
+        let status = case.at(3);
+        assert_eq!(status.phase.as_deref(), Some(last));
+        assert_eq!(status.reason.is_some(), last == "Failed");
+    }
+}

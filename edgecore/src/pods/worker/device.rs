@@ -50,7 +50,7 @@ pub(super) struct Device {
     pub(super) dir: tempfile::TempDir,
     pub(super) node: &'static str,
     /// The next who asks for the time panics.
-    clock_is_broken: Arc<AtomicBool>,
+    pub(super) clock_is_broken: Arc<AtomicBool>,
 }
 
 pub(super) struct Agent {
@@ -144,14 +144,6 @@ impl Device {
         let stop = CancellationToken::new();
         let task = tokio::spawn(task.run(stop.clone()));
         Agent { handle, stop, task }
-    }
-
-    pub(super) fn break_clock(&self) {
-        self.clock_is_broken.store(true, Ordering::Relaxed);
-    }
-
-    pub(super) fn clock_is_broken(&self) -> bool {
-        self.clock_is_broken.load(Ordering::Relaxed)
     }
 
     pub(super) fn put_object(&self, key: ObjectKey, json: Value) {
