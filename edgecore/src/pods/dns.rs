@@ -408,7 +408,7 @@ mod tests {
             hostname(&pod, &environment())
                 .problem
                 .unwrap()
-                .contains("shorten")
+                .contains("is too long (64 characters is the max, ")
         );
     }
 }

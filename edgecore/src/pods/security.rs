@@ -572,6 +572,22 @@ mod tests {
     }
 
     #[test]
+    fn a_privileged_ephemeral_container_makes_the_sandbox_s_configuration_privileged() {
+        let mut debugged = pod(json!({"spec": {"containers": [{"name": "a"}],
+            "ephemeralContainers": [{"name": "e"}]}}));
+        assert!(!sandbox(&debugged).privileged);
+        let ephemeral = debugged
+            .spec
+            .as_mut()
+            .unwrap()
+            .ephemeral_containers
+            .as_mut();
+        ephemeral.unwrap()[0].security_context =
+            serde_json::from_value(json!({"privileged": true})).unwrap();
+        assert!(sandbox(&debugged).privileged);
+    }
+
+    #[test]
     fn only_safe_sysctls_of_the_pods_own_are_allowed() {
         for (name, host, problem) in [
             ("kernel.shm_rmid_forced", false, None),
