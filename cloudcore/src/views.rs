@@ -101,7 +101,8 @@ impl Watchers {
                 stays
             });
             for node in names.iter() {
-                if !followers.contains_key(node) {
+                let follower = followers.get(node);
+                if follower.is_none_or(tokio::task::JoinHandle::is_finished) {
                     followers.insert(node.clone(), tokio::spawn(self.follower(node.clone())));
                 }
             }

@@ -15,13 +15,22 @@ pub fn start(filter: &str, json: bool) {
         log.with_ansi(false).try_init()
     };
     if started.is_ok() {
-        // Wherever it happens, in a task, on a thread or on the way to an abort: it is in the log
-        // where everything else is looked for.
+        // Wherever it happens, in a task or on a thread: it is in the log where everything else is
+        // looked for.
         std::panic::set_hook(Box::new(|panic| {
             let thread = std::thread::current();
             tracing::error!(thread = thread.name(), "{panic}");
+            if !has_tasks() {
+                std::process::abort();
+            }
         }));
     }
+}
+
+/// Whether this thread runs tasks or their blocking work: then the task's owner sees its panic. A
+/// thread that does not (a store's, its engine's) has nobody, and who waits for it waits for ever.
+fn has_tasks() -> bool {
+    tokio::runtime::Handle::try_current().is_ok()
 }
 
 /// An error and what caused it, on one line.
@@ -38,4 +47,45 @@ pub fn chain(error: &dyn std::error::Error) -> String {
         next = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt as _;
+    use std::process::{Command, ExitStatus};
+
+    const SIGABRT: i32 = 6;
+    const PLACE: &str = "TELEMETRY_TEST_PANICS_IN";
+
+    fn panic_in(place: &str) {
+        super::start("error", false);
+        let fault = || panic!("for a test");
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap();
+        let ended = match place {
+            "task" => runtime.block_on(async { tokio::spawn(async move { fault() }).await }),
+            "blocking" => runtime.block_on(async { tokio::task::spawn_blocking(fault).await }),
+            _ => return drop(std::thread::spawn(fault).join()),
+        };
+        assert!(ended.unwrap_err().is_panic());
+    }
+
+    fn in_a_process_of_its_own(place: &str) -> ExitStatus {
+        let name = "telemetry::tests::a_panic_ends_the_process_only_where_no_task_has_it";
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", name]).env(PLACE, place);
+        command.output().unwrap().status
+    }
+
+    #[test]
+    fn a_panic_ends_the_process_only_where_no_task_has_it() {
+        if let Ok(place) = std::env::var(PLACE) {
+            return panic_in(&place);
+        }
+        assert!(in_a_process_of_its_own("task").success());
+        assert!(in_a_process_of_its_own("blocking").success());
+        let thread = in_a_process_of_its_own("thread");
+        assert_eq!(thread.signal(), Some(SIGABRT), "{thread}");
+    }
 }

@@ -87,6 +87,10 @@ impl AppError {
     }
 }
 
+/// Whether this version serves the Kubernetes API to its device's own Pods. Until it does, the
+/// node's CA vouches for nothing and no Pod is given it: see `docs/decisions/0005-node-ca-not-yet.md`.
+const SERVES_LOCAL_API: bool = false;
+
 /// Threads for what blocks: the store's commits and a Pod's files. Idle ones end.
 const BLOCKING_THREADS: usize = 8;
 
@@ -189,7 +193,9 @@ async fn assemble(
     ));
     let volumes = VolumesConfig {
         root: config.data_dir.clone(),
-        node_ca_pem: Some(ca::ensure(&config.data_dir, identity.node.as_str())?),
+        node_ca_pem: SERVES_LOCAL_API
+            .then(|| ca::ensure(&config.data_dir, identity.node.as_str()))
+            .transpose()?,
     };
     let volumes = Arc::new(Volumes::new(volumes, desired.clone(), tokens));
     let runtime: Runtime = Arc::new(cri::client::Client::build(&config.cri)?);

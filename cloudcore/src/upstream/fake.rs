@@ -216,7 +216,7 @@ impl State {
         };
         let mut patch = patch.clone();
         for field in &self.drops {
-            patch.as_object_mut().unwrap().remove(*field);
+            drop_from(&mut patch, field);
         }
         let before = object["status"].clone();
         merge(&mut object["status"], &patch);
@@ -225,6 +225,22 @@ impl State {
         } else {
             self.stamped(object)
         })
+    }
+}
+
+/// Removes `FIELD`, or `LIST/FIELD` from each element.
+fn drop_from(value: &mut Value, path: &str) {
+    match path.split_once('/') {
+        None => {
+            value.as_object_mut().map(|members| members.remove(path));
+        }
+        Some((list, rest)) => {
+            let elements = value.get_mut(list).and_then(Value::as_array_mut);
+            elements
+                .into_iter()
+                .flatten()
+                .for_each(|e| drop_from(e, rest));
+        }
     }
 }
 

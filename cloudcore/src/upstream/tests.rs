@@ -236,6 +236,38 @@ async fn a_field_that_the_server_drops_makes_no_loop() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_an_older_server_does_not_know_of_a_container_makes_no_loop() {
+    let mut rig = Rig::with_pods(1);
+    let newer = ["user", "resources", "allocatedResources", "volumeMounts"];
+    rig.api.drop_field("containerStatuses/user");
+    rig.api.drop_field("containerStatuses/resources");
+    rig.api.drop_field("containerStatuses/allocatedResources");
+    rig.api.drop_field("containerStatuses/volumeMounts");
+    let report = |phase: &str| {
+        json!({"phase": phase, "containerStatuses": [{"name": "m", "ready": true,
+            "user": {"linux": {"uid": 0, "gid": 0, "supplementalGroups": [0]}},
+            "resources": {"requests": {"cpu": "1"}}, "allocatedResources": {"cpu": "1"},
+            "volumeMounts": [{"name": "a", "mountPath": "/a", "readOnly": true,
+                "recursiveReadOnly": "Disabled"}]}]})
+    };
+    rig.report("p0", 1, &report("Pending"), false);
+    assert_eq!(rig.acked().await, one("p0", 1));
+    for _ in 0..3 {
+        rig.api
+            .edit("p0", |pod| pod["metadata"]["labels"] = json!({"a": "b"}));
+        rig.api.sync();
+        rig.upstream.changed(&node());
+        rig.settle().await;
+    }
+    rig.report("p0", 2, &report("Running"), false);
+    assert_eq!(rig.acked().await, one("p0", 2));
+    assert_eq!(rig.api.verbs(), ["patch", "patch"], "one a report");
+    let kept = rig.api.pod_status("p0")["containerStatuses"][0].clone();
+    assert_eq!(kept["ready"], true);
+    assert!(newer.iter().all(|field| kept.get(field).is_none()));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_conflict_is_read_again_and_computed_again() {
     let mut rig = Rig::with_pods(1);
     // The watch lags: somebody else has ended the Pod meanwhile.

@@ -14,7 +14,7 @@ use crate::pods::dns::{DnsPlan, Hostname};
 use crate::pods::security::{
     ImageUser, Namespace, Profile, SandboxSecurity, SecurityPlan, SelinuxLabels,
 };
-use crate::pods::seen::{ContainerSeen, Run, SandboxSeen};
+use crate::pods::seen::{ContainerSeen, Run, SandboxSeen, UserSeen};
 use crate::pods::volumes::{Propagation, VolumeMountPlan};
 
 pub const POD_NAME: &str = "io.kubernetes.pod.name";
@@ -483,4 +483,10 @@ pub fn add_container_status(seen: &mut ContainerSeen, status: &api::ContainerSta
     if !status.image_ref.is_empty() {
         seen.image_id = status.image_ref.clone();
     }
+    let user = status.user.as_ref().and_then(|u| u.linux.as_ref());
+    seen.user = user.map(|u| UserSeen {
+        uid: u.uid,
+        gid: u.gid,
+        supplemental_groups: u.supplemental_groups.clone(),
+    });
 }

@@ -1,8 +1,8 @@
 //! The node's own CA: what will prove the local API to this device's Pods.
 //!
 //! Owns `node-ca.key` (0600) and `node-ca.crt` in the data directory. The key never leaves the
-//! device and is never logged. Pods trust it from their first day on, because the certificate is
-//! appended to each `kube-root-ca.crt` that they mount.
+//! device and is never logged. Pods come to trust it because the certificate is appended to each
+//! `kube-root-ca.crt` that they mount, from the first start of an agent that serves that API.
 
 use std::fs;
 use std::io::{self, Write as _};

@@ -235,8 +235,9 @@ pub fn hostname(pod: &Pod, environment: &Environment) -> Hostname {
     };
     let problem = (sandbox.len() > MAX_HOSTNAME).then(|| {
         format!(
-            "the FQDN {sandbox} has {} characters, and a host name may have {MAX_HOSTNAME}: \
-             shorten the Pod's hostname or subdomain, or unset setHostnameAsFQDN",
+            "failed to construct FQDN from pod hostname and cluster domain, FQDN {sandbox} is too \
+             long ({MAX_HOSTNAME} characters is the max, {} characters requested): shorten the \
+             Pod's hostname or subdomain, or unset setHostnameAsFQDN",
             sandbox.len()
         )
     });
@@ -407,7 +408,7 @@ mod tests {
             hostname(&pod, &environment())
                 .problem
                 .unwrap()
-                .contains("shorten")
+                .contains("is too long (64 characters is the max, ")
         );
     }
 }

@@ -9,6 +9,7 @@
 //!   grant ─► volumes ┐
 //!          ─► sandbox ┼─► init containers ─► containers ─► (restarts)
 //!          ─► images ┘          one by one      in order
+//!                     └─► ephemeral containers, each once
 //!   ending: containers ─► sidecars, last first ─► sandbox ─► all removed ─► logs
 //! ```
 
@@ -141,6 +142,9 @@ pub struct Plan {
     pub retry_in: Option<Duration>,
     /// Containers held back after a crash, by name.
     pub crash_looping: BTreeMap<String, Duration>,
+    /// Ephemeral containers that are held back until the container whose processes they share
+    /// runs: its name, by theirs.
+    pub untargeted: BTreeMap<String, String>,
     /// To remember when the step to start the container is taken.
     pub crashes: BTreeMap<String, Crashes>,
     /// Ending is over: nothing of the Pod is left but, for [`Intent::Finish`], dead containers.
@@ -208,6 +212,21 @@ pub fn ephemerals(pod: &Pod) -> Vec<Container> {
     let spec = pod.spec.iter();
     let all = spec.flat_map(|s| s.ephemeral_containers.iter().flatten());
     all.map(convert::ephemeral).collect()
+}
+
+/// The container whose processes an ephemeral container asks to share. Where all of the Pod share
+/// theirs, or the device's, it sees them anyway.
+pub fn target<'a>(pod: &'a Pod, ephemeral: &str) -> Option<&'a str> {
+    let spec = pod.spec.as_ref()?;
+    if spec.host_pid == Some(true) || spec.share_process_namespace == Some(true) {
+        return None;
+    }
+    let mut all = spec.ephemeral_containers.iter().flatten();
+    let found = all.find(|e| e.name == ephemeral)?;
+    found
+        .target_container_name
+        .as_deref()
+        .filter(|t| !t.is_empty())
 }
 
 /// How long a container may take to end.
@@ -361,32 +380,42 @@ fn starting(input: &Input<'_>, name: &str) -> bool {
     steps.any(|s| matches!(s, Step::Start { container, .. } if container == name))
 }
 
-/// A container that should be started now, sandbox and image permitting.
+/// When a container that should be started may be.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    /// After the postStart hooks of those before it.
+    InOrder,
+    /// Whatever the others wait for.
+    Any,
+    /// Not yet; its image is fetched all the same.
+    Held,
+}
+
+/// A container that should be started, sandbox and image permitting.
 struct Wanted {
     name: String,
     attempt: u32,
     crashes: Option<Crashes>,
+    turn: Turn,
 }
 
-/// The containers to start, in order: at most one of the init containers, or any of the others.
+impl Wanted {
+    fn regular(c: &Container, attempt: u32, crashes: Option<Crashes>) -> Self {
+        Self {
+            name: c.name.clone(),
+            attempt,
+            crashes,
+            turn: Turn::InOrder,
+        }
+    }
+}
+
+/// The containers to start, in order: ephemeral ones, and then at most one of the init containers,
+/// or any of the others.
 fn wanted(input: &Input<'_>, sandbox: Option<&SandboxSeen>, plan: &mut Plan) -> Vec<Wanted> {
     let mut out = Vec::new();
-    if sandbox.is_some() {
-        for c in ephemerals(input.pod) {
-            let known = input
-                .previous
-                .and_then(|p| p.ephemeral_container_statuses.as_ref());
-            let ended = known.into_iter().flatten().any(|s| {
-                s.name == c.name && s.state.as_ref().is_some_and(|s| s.terminated.is_some())
-            });
-            if input.observed.newest(&c.name).is_none() && !ended && !starting(input, &c.name) {
-                out.push(Wanted {
-                    name: c.name,
-                    attempt: 0,
-                    crashes: None,
-                });
-            }
-        }
+    if let Some(sandbox) = sandbox {
+        want_ephemerals(input, sandbox, plan, &mut out);
     }
     if !initialise(input, sandbox, plan, &mut out) {
         return out;
@@ -396,6 +425,54 @@ fn wanted(input: &Input<'_>, sandbox: Option<&SandboxSeen>, plan: &mut Plan) -> 
         want(input, sandbox, c, policy, plan, &mut out);
     }
     out
+}
+
+/// Ephemeral containers start once, also while init containers run, and never again.
+fn want_ephemerals(
+    input: &Input<'_>,
+    sandbox: &SandboxSeen,
+    plan: &mut Plan,
+    out: &mut Vec<Wanted>,
+) {
+    let spec = input.pod.spec.iter();
+    for e in spec.flat_map(|s| s.ephemeral_containers.iter().flatten()) {
+        match input.observed.newest(&e.name) {
+            _ if starting(input, &e.name) => continue,
+            // The agent that made it did not come to starting it: a name is free only once.
+            Some(made) if made.run == Run::Created => {
+                let id = made.id.clone();
+                plan.push(input, Step::RemoveContainer { id });
+                continue;
+            }
+            Some(_) => continue,
+            None if has_begun(input.previous, &e.name) => continue,
+            None => {}
+        }
+        let mut turn = Turn::Any;
+        if let Some(target) = target(input.pod, &e.name) {
+            let seen = input.observed.within(Some(sandbox), target);
+            if seen.is_none_or(|t| t.run != Run::Running) {
+                plan.untargeted.insert(e.name.clone(), target.to_owned());
+                turn = Turn::Held;
+            }
+        }
+        out.push(Wanted {
+            name: e.name.clone(),
+            attempt: 0,
+            crashes: None,
+            turn,
+        });
+    }
+}
+
+/// Whether an ephemeral container was ever started, though the runtime has nothing of it.
+fn has_begun(previous: Option<&PodStatus>, name: &str) -> bool {
+    let all = previous.and_then(|p| p.ephemeral_container_statuses.as_ref());
+    let mut all = all.into_iter().flatten();
+    all.any(|s| {
+        let state = s.state.as_ref();
+        s.name == name && state.is_some_and(|s| s.running.is_some() || s.terminated.is_some())
+    })
 }
 
 /// Goes through the init containers; true when the regular ones may start.
@@ -463,11 +540,7 @@ fn want(
         .or(reported.map(|n| n + 1))
         .unwrap_or(0);
     let Some(newest) = newest else {
-        out.push(Wanted {
-            name: c.name.clone(),
-            attempt,
-            crashes: None,
-        });
+        out.push(Wanted::regular(c, attempt, None));
         return;
     };
     let here = sandbox.is_some_and(|s| s.id == newest.sandbox);
@@ -481,21 +554,15 @@ fn want(
         }
         // One of another sandbox is being stopped.
         Run::Running | Run::Unknown => {}
-        // A change of the image starts over, whatever happened before.
+        // A change of the image starts over, whatever happened before: its crashes are none of the
+        // new one's.
         Run::Exited if changed && policy != Policy::Never => {
-            out.push(Wanted {
-                name: c.name.clone(),
-                attempt,
-                crashes: None,
-            });
+            let clean = Crashes::none(input.now.wall);
+            out.push(Wanted::regular(c, attempt, Some(clean)));
         }
         // In a new sandbox all begin again, but what had succeeded and is not to be repeated.
         Run::Exited if !here && (policy == Policy::Always || newest.exit_code != 0) => {
-            out.push(Wanted {
-                name: c.name.clone(),
-                attempt,
-                crashes: None,
-            });
+            out.push(Wanted::regular(c, attempt, None));
         }
         Run::Exited if policy.restarts(newest.exit_code) => {
             again(input, c, newest, attempt, plan, out);
@@ -521,11 +588,7 @@ fn again(
     let started = stamp(newest.started_at.max(newest.created_at));
     let crashes = remembered.or_else(|| restart::assumed(newest.attempt, started));
     match restart::decide(crashes, finished, input.now.wall) {
-        Verdict::Start(crashes) => out.push(Wanted {
-            name: c.name.clone(),
-            attempt,
-            crashes: Some(crashes),
-        }),
+        Verdict::Start(crashes) => out.push(Wanted::regular(c, attempt, Some(crashes))),
         Verdict::Wait { left, delay } => {
             plan.wake_in(left);
             plan.crash_looping.insert(c.name.clone(), delay);
@@ -557,11 +620,16 @@ fn start_next(input: &Input<'_>, sandbox: &SandboxSeen, wanted: Vec<Wanted>, pla
         }
     }
     let mut underway = input.memory.underway.iter();
-    let busy = hooks_pending || underway.any(|s| matches!(s, Step::Start { .. }));
+    let busy = underway.any(|s| matches!(s, Step::Start { .. }));
     if busy || !input.memory.volumes {
         return;
     }
-    for w in wanted {
+    let may = |w: &Wanted| match w.turn {
+        Turn::InOrder => !hooks_pending,
+        Turn::Any => true,
+        Turn::Held => false,
+    };
+    for w in wanted.into_iter().filter(may) {
         let step = Step::Start {
             container: w.name.clone(),
             attempt: w.attempt,

@@ -72,12 +72,19 @@ pub fn assumed(restarts: u32, started: Timestamp) -> Option<Crashes> {
     })
 }
 
+impl Crashes {
+    /// What is remembered of a container that starts with a clean record.
+    pub fn none(now: Timestamp) -> Self {
+        Self {
+            delay: FIRST,
+            since: now,
+        }
+    }
+}
+
 /// Decides over a container that ended at `finished`.
 pub fn decide(remembered: Option<Crashes>, finished: Timestamp, now: Timestamp) -> Verdict {
-    let fresh = Verdict::Start(Crashes {
-        delay: FIRST,
-        since: now,
-    });
+    let fresh = Verdict::Start(Crashes::none(now));
     let Some(crashes) = remembered else {
         return fresh;
     };

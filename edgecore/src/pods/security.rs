@@ -310,11 +310,16 @@ pub fn sandbox(pod: &Pod) -> SandboxSecurity {
     let spec = pod.spec.as_ref();
     let outer = of_pod(pod);
     let init = spec.iter().flat_map(|s| s.init_containers.iter().flatten());
-    let mut all = spec.iter().flat_map(|s| s.containers.iter()).chain(init);
-    let privileged = all.any(|c| {
-        let own = c.security_context.as_ref();
-        own.and_then(|c| c.privileged) == Some(true)
-    });
+    let regular = spec.iter().flat_map(|s| s.containers.iter()).chain(init);
+    let ephemeral = spec
+        .iter()
+        .flat_map(|s| s.ephemeral_containers.iter().flatten());
+    // A runtime takes a privileged container only where the sandbox is said to be, as it is when
+    // the container is made: an ephemeral one may come to a sandbox that was made without.
+    let mut all = regular
+        .map(|c| &c.security_context)
+        .chain(ephemeral.map(|e| &e.security_context));
+    let privileged = all.any(|own| own.as_ref().and_then(|c| c.privileged) == Some(true));
     let flag = |f: fn(&k8s_openapi::api::core::v1::PodSpec) -> Option<bool>| {
         spec.and_then(f) == Some(true)
     };
@@ -564,6 +569,22 @@ mod tests {
             assert_eq!((got.network, got.pid, got.ipc), (network, pid, ipc));
             assert!(got.privileged);
         }
+    }
+
+    #[test]
+    fn a_privileged_ephemeral_container_makes_the_sandbox_s_configuration_privileged() {
+        let mut debugged = pod(json!({"spec": {"containers": [{"name": "a"}],
+            "ephemeralContainers": [{"name": "e"}]}}));
+        assert!(!sandbox(&debugged).privileged);
+        let ephemeral = debugged
+            .spec
+            .as_mut()
+            .unwrap()
+            .ephemeral_containers
+            .as_mut();
+        ephemeral.unwrap()[0].security_context =
+            serde_json::from_value(json!({"privileged": true})).unwrap();
+        assert!(sandbox(&debugged).privileged);
     }
 
     #[test]

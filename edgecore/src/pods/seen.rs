@@ -50,6 +50,16 @@ pub struct ContainerSeen {
     pub image_id: String,
     /// Of the spec it was made from; see `convert::container_hash`.
     pub hash: String,
+    /// As whom its first process runs, where the runtime tells.
+    pub user: Option<UserSeen>,
+}
+
+/// As whom a process runs, with the groups of the image and of the Pod.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct UserSeen {
+    pub uid: i64,
+    pub gid: i64,
+    pub supplemental_groups: Vec<i64>,
 }
 
 /// All of one Pod, newest first.

@@ -11,14 +11,15 @@ use std::net::IpAddr;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{
     Container, ContainerState, ContainerStateRunning, ContainerStateTerminated,
-    ContainerStateWaiting, ContainerStatus, HostIP, Pod, PodCondition, PodIP, PodStatus,
+    ContainerStateWaiting, ContainerStatus, ContainerUser, HostIP, LinuxContainerUser, Pod,
+    PodCondition, PodIP, PodStatus, ResourceRequirements, VolumeMount, VolumeMountStatus,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::cgroups;
 use super::plan::{self, Intent, Waiting, has_post_start, is_sidecar};
 use super::restart::Policy;
-use super::seen::{ContainerSeen, Observed, Run};
+use super::seen::{ContainerSeen, Observed, Run, UserSeen};
 
 /// Why the node itself ended a Pod: it overrides what its containers did.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,7 +66,7 @@ pub fn pod_status(input: &Input<'_>) -> PodStatus {
                 c,
                 prev(|p| &p.init_container_statuses, &c.name),
                 "PodInitializing",
-                true,
+                Role::Init,
             )
         })
         .collect();
@@ -83,7 +84,7 @@ pub fn pod_status(input: &Input<'_>) -> PodStatus {
                 c,
                 prev(|p| &p.container_statuses, &c.name),
                 default,
-                false,
+                Role::Regular,
             )
         })
         .collect();
@@ -92,11 +93,14 @@ pub fn pod_status(input: &Input<'_>) -> PodStatus {
         .iter()
         .map(|c| {
             let before = prev(|p| &p.ephemeral_container_statuses, &c.name);
-            container_status(input, c, before, "ContainerCreating", false)
+            container_status(input, c, before, "ContainerCreating", Role::Ephemeral)
         })
         .collect();
 
-    let phase = phase(input, &init_statuses, &statuses);
+    let verdict = phase(input, &init_statuses, &statuses);
+    let held = held_back(input, &verdict);
+    let failed = input.failed.filter(|_| held.is_none());
+    let phase = held.unwrap_or(verdict);
     let mut out = PodStatus {
         phase: Some(phase.clone()),
         observed_generation: input.pod.metadata.generation,
@@ -110,7 +114,7 @@ pub fn pod_status(input: &Input<'_>) -> PodStatus {
         ..Default::default()
     };
     addresses(input, &mut out);
-    (out.reason, out.message) = match (input.failed, previous) {
+    (out.reason, out.message) = match (failed, previous) {
         (Some(f), _) => (Some(f.reason.clone()), Some(f.message.clone())),
         (None, Some(p)) if is_terminal(p.phase.as_deref()) => (p.reason.clone(), p.message.clone()),
         (None, _) => (None, None),
@@ -207,21 +211,33 @@ fn waiting_state(reason: &str, message: &str) -> ContainerState {
     }
 }
 
+/// What a container is to its Pod.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Init,
+    Regular,
+    /// Neither started a second time nor ever ready.
+    Ephemeral,
+}
+
 fn container_status(
     input: &Input<'_>,
     c: &Container,
     before: Option<&ContainerStatus>,
     default_reason: &str,
-    init: bool,
+    role: Role,
 ) -> ContainerStatus {
     let observed = input.observed;
     let mut out = ContainerStatus {
         name: c.name.clone(),
         image: c.image.clone().unwrap_or_default(),
+        volume_mounts: c.volume_mounts.as_deref().map(mounted).and_then(some),
         ..Default::default()
     };
-    let waiting = input.waiting.get(&c.name).filter(|_| !input.intent.ends());
     let newest = observed.newest(&c.name);
+    let ended_for_good = input.intent.ends()
+        || role == Role::Ephemeral && newest.is_some_and(|n| n.run == Run::Exited);
+    let waiting = input.waiting.get(&c.name).filter(|_| !ended_for_good);
     if let Some(seen) = newest {
         out.restart_count = i32::try_from(seen.attempt).unwrap_or(i32::MAX);
         out.container_id = Some(container_id(observed, seen));
@@ -229,6 +245,7 @@ fn container_status(
         if !seen.image.is_empty() && !seen.image.starts_with("sha256:") {
             out.image = seen.image.clone();
         }
+        out.user = seen.user.as_ref().map(user);
     } else if let Some(before) = before {
         out.restart_count = before.restart_count;
         out.container_id = before.container_id.clone();
@@ -244,7 +261,12 @@ fn container_status(
     });
     let kept = before.and_then(|b| b.last_state.clone());
     out.last_state = last.or_else(|| kept.filter(|s| s.terminated.is_some()));
-    let (state, moved) = state(input, newest, before, waiting, default_reason);
+    held_to(c, before, &mut out);
+    let again = !input.intent.ends() && role != Role::Ephemeral;
+    let (state, moved) = match newest {
+        Some(seen) => state(input, seen, before, waiting, default_reason),
+        None => gone(again, before, waiting, default_reason),
+    };
     out.state = Some(state);
     if let Some(moved) = moved {
         out.last_state = Some(moved);
@@ -256,26 +278,69 @@ fn container_status(
     let ended_well = state
         .and_then(|s| s.terminated.as_ref())
         .is_some_and(|t| t.exit_code == 0);
-    out.started = Some(running && hook);
-    out.ready = if init && !is_sidecar(c) {
-        ended_well
-    } else {
-        running && hook && !input.intent.ends()
+    out.started = (role != Role::Ephemeral).then_some(running && hook);
+    out.ready = match role {
+        Role::Init if !is_sidecar(c) => ended_well,
+        Role::Init | Role::Regular => running && hook && !input.intent.ends(),
+        Role::Ephemeral => false,
     };
     out
+}
+
+fn user(seen: &UserSeen) -> ContainerUser {
+    ContainerUser {
+        linux: Some(LinuxContainerUser {
+            uid: seen.uid,
+            gid: seen.gid,
+            supplemental_groups: some(seen.supplemental_groups.clone()),
+        }),
+    }
+}
+
+/// How the container's volumes are mounted. What is not mounted read-only all the way down says so.
+fn mounted(mounts: &[VolumeMount]) -> Vec<VolumeMountStatus> {
+    let one = |m: &VolumeMount| {
+        let read_only = m.read_only == Some(true);
+        VolumeMountStatus {
+            name: m.name.clone(),
+            mount_path: m.mount_path.clone(),
+            read_only: read_only.then_some(true),
+            recursive_read_only: read_only.then(|| "Disabled".to_owned()),
+        }
+    };
+    mounts.iter().map(one).collect()
+}
+
+/// What the container was given of the device: the spec's words at the time it was made. A resize
+/// of the spec is none of a container that runs, since this agent resizes none.
+fn held_to(c: &Container, before: Option<&ContainerStatus>, out: &mut ContainerStatus) {
+    let same = before.filter(|b| b.container_id.is_some() && b.container_id == out.container_id);
+    if let Some(same) = same.filter(|b| b.resources.is_some()) {
+        out.resources = same.resources.clone();
+        out.allocated_resources = same.allocated_resources.clone();
+        return;
+    }
+    let asked = c.resources.clone().unwrap_or_default();
+    out.allocated_resources = asked.requests.clone().filter(|r| !r.is_empty());
+    // Claims are the Pod's business; an empty object says that there are no bounds.
+    out.resources = Some(ResourceRequirements {
+        claims: None,
+        ..asked
+    });
 }
 
 /// The state, and what becomes the last state because of it.
 fn state(
     input: &Input<'_>,
-    newest: Option<&ContainerSeen>,
+    seen: &ContainerSeen,
     before: Option<&ContainerStatus>,
     waiting: Option<&Waiting>,
     default_reason: &str,
 ) -> (ContainerState, Option<ContainerState>) {
     let held = |w: &Waiting| waiting_state(&w.reason, &w.message);
-    match newest {
-        Some(seen) if seen.run == Run::Running => {
+    let fresh = || waiting.map_or_else(|| waiting_state(default_reason, ""), held);
+    match seen.run {
+        Run::Running => {
             let running = ContainerStateRunning {
                 started_at: time(seen.started_at),
             };
@@ -285,7 +350,7 @@ fn state(
             };
             (state, None)
         }
-        Some(seen) if seen.run == Run::Exited => {
+        Run::Exited => {
             let ended = ContainerState {
                 terminated: Some(terminated(input.observed, seen)),
                 ..Default::default()
@@ -295,11 +360,11 @@ fn state(
                 None => (ended, None),
             }
         }
-        Some(seen) if seen.run == Run::Unknown => (
+        Run::Unknown => (
             before.map_or_else(|| waiting_state(default_reason, ""), lost),
             None,
         ),
-        Some(_) if input.intent.ends() => {
+        Run::Created if input.intent.ends() => {
             // Made and never started: it never will be.
             let ended = before
                 .and_then(|b| b.state.clone())
@@ -309,17 +374,13 @@ fn state(
                 None,
             )
         }
-        Some(_) => (
-            waiting.map_or_else(|| waiting_state(default_reason, ""), held),
-            None,
-        ),
-        None => gone(input, before, waiting, default_reason),
+        Run::Created => (fresh(), None),
     }
 }
 
-/// The state of a container of which the runtime has nothing.
+/// The state of a container of which the runtime has nothing; `again` where it will be started.
 fn gone(
-    input: &Input<'_>,
+    again: bool,
     before: Option<&ContainerStatus>,
     waiting: Option<&Waiting>,
     default_reason: &str,
@@ -338,10 +399,10 @@ fn gone(
         return (state.cloned().unwrap_or_default(), None);
     }
     if state.is_some_and(|s| s.running.is_some()) {
-        return if input.intent.ends() {
-            (lost(before), None)
-        } else {
+        return if again {
             (fresh(), Some(lost(before)))
+        } else {
+            (lost(before), None)
         };
     }
     (fresh(), None)
@@ -367,6 +428,16 @@ fn initialised(inits: &[Container], statuses: &[ContainerStatus]) -> bool {
             s.ready
         }
     })
+}
+
+/// The phase of before, while a Pod that is to end finally still has something running: whoever
+/// reads a final phase gives the Pod's place to another.
+fn held_back(input: &Input<'_>, verdict: &str) -> Option<String> {
+    let runs = input.intent.ends() && input.observed.any_running();
+    let before = input.previous.and_then(|p| p.phase.as_deref());
+    before
+        .filter(|before| runs && is_terminal(Some(verdict)) && !is_terminal(Some(before)))
+        .map(str::to_owned)
 }
 
 /// The phase that follows from the containers, unless it is final already.

@@ -43,7 +43,8 @@ pub struct VolumesConfig {
     /// Pods' directories are `ROOT/pods/UID`. Short, so that Unix sockets in volumes fit into the
     /// 108 bytes of their addresses.
     pub root: PathBuf,
-    /// PEM of the per-node CA, appended to every mounted `kube-root-ca.crt`.
+    /// PEM of the per-node CA, appended to every mounted `kube-root-ca.crt`; `None` where no local
+    /// API needs it, and then one that was appended before is taken out again.
     pub node_ca_pem: Option<String>,
 }
 

@@ -37,9 +37,7 @@ use crate::store::reports::{PodReport, Reports};
 mod reading;
 mod waits;
 
-use reading::{
-    contents, deadline_left, intent, labelled, last_words, references, restless, target,
-};
+use reading::{contents, deadline_left, intent, last_words, references, restless, volatile};
 
 /// Where the time comes from; tests bring their own.
 pub type Clock = Arc<dyn Fn() -> Now + Send + Sync>;
@@ -79,8 +77,8 @@ pub struct Worker {
     failed: Option<Failed>,
     /// What the Pod's references looked like when its volumes were last brought up to date.
     references: Vec<ContentHash>,
-    /// The labels and annotations that its volumes were last made with.
-    labelled: ContentHash,
+    /// What else of the Pod its volumes were last made with; see [`volatile`].
+    made_with: ContentHash,
     /// The Pod's references, as its spec names them.
     refers_to: Vec<ObjectKey>,
     /// Something that the Pod refers to has not come yet.
@@ -123,7 +121,7 @@ impl Worker {
             said,
             failed: None,
             references: Vec::new(),
-            labelled: ContentHash::default(),
+            made_with: ContentHash::default(),
             refers_to: Vec::new(),
             waits_for_objects: false,
             said_gone,
@@ -443,7 +441,7 @@ impl Worker {
                         continue;
                     }
                     self.references = contents(&self.refers_to, &self.shared.desired);
-                    self.labelled = labelled(&pod);
+                    self.made_with = volatile(&pod);
                 }
                 Step::Start { container, .. } => {
                     if let Some(crashes) = plan.crashes.get(container) {
@@ -515,8 +513,8 @@ impl Worker {
         };
         if let Step::Start { container, .. } = step {
             job.image = self.images.get(container).cloned();
-            let target = target(pod, container);
-            let target = target.and_then(|name| observed.within(up, &name));
+            let target = plan::target(pod, container);
+            let target = target.and_then(|name| observed.within(up, name));
             job.target = target
                 .filter(|c| c.run == Run::Running)
                 .map(|c| c.id.clone());
@@ -555,14 +553,14 @@ impl Worker {
         self.memory.retries.insert(step, retry);
     }
 
-    /// Volumes are brought up to date when what the Pod refers to or is labelled with changed, or
-    /// a token is due.
+    /// Volumes are brought up to date when what the Pod refers to changed or what they show of
+    /// itself, when another one is mounted, or a token is due.
     fn refresh_volumes(&mut self, pod: &Pod, intent: Intent, now: Now) {
         if intent != Intent::Run || !self.memory.volumes {
             return;
         }
         let due = self.refresh_at.is_some_and(|at| at <= now.mono);
-        if due || self.concerned() || labelled(pod) != self.labelled {
+        if due || self.concerned() || volatile(pod) != self.made_with {
             self.memory.volumes = false;
             self.refresh_at = None;
             // What waited for an object need not wait any longer.

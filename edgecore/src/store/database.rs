@@ -140,8 +140,8 @@ impl Records {
         }
     }
 
-    /// Opens or makes the database and checks all of it. A panic of the engine counts as damage
-    /// where panics unwind.
+    /// Opens or makes the database and checks all of it. A panic of the engine counts as
+    /// damage.
     pub(super) fn open(dir: &Path) -> Result<Self, Damage> {
         let path = path_in(dir);
         std::panic::catch_unwind(AssertUnwindSafe(|| Self::open_checked(&path)))

@@ -18,8 +18,8 @@ use super::{Recovery, StoreError, desired};
 
 type Copies = (Records, Snapshot, Option<Recovery>);
 
-/// A database at which the process died this often in a row counts as unusable: with panics that
-/// abort there is no other way to notice. Once may be a power cut.
+/// A database at which the process died this often in a row counts as unusable: a panic on a thread
+/// of the engine's own ends the process, and there is no other way to notice. Once may be a power cut.
 const TRIES: usize = 2;
 
 pub(super) fn copies(dir: &Path) -> Result<Copies, StoreError> {

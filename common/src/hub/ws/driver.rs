@@ -40,6 +40,13 @@ pub(super) struct Driver {
     timer: Pin<Box<Sleep>>,
 }
 
+impl Drop for Driver {
+    /// The first end counts: this one is for a driver that did not come to its own.
+    fn drop(&mut self) {
+        self.core.end(lost());
+    }
+}
+
 impl Driver {
     pub(super) fn new(ws: Wire, core: Arc<Core>, side: Side, link: &LinkConfig) -> Self {
         let now = Instant::now();

@@ -340,19 +340,120 @@ fn old_instances_and_dead_sandboxes_are_tidied_away() {
     );
 }
 
-#[test]
-fn an_ephemeral_container_starts_once_even_while_init_containers_run() {
-    let mut pod = pod("Always", json!([init("i")]), &["m"]);
+/// The Pod with an ephemeral container `debug`, and the memory of a worker that has its image.
+fn debugged(mut pod: Pod, ephemeral: Value) -> (Pod, Memory) {
     pod.spec.as_mut().unwrap().ephemeral_containers =
-        serde_json::from_value(json!([{"name": "debug", "image": "i:1"}])).unwrap();
+        Some(vec![serde_json::from_value(ephemeral).unwrap()]);
     let mut memory = ready(&pod);
     memory.images.insert("debug".into());
+    (pod, memory)
+}
+
+#[test]
+fn an_ephemeral_container_starts_once_even_while_init_containers_run() {
+    let spec = pod("Always", json!([init("i")]), &["m"]);
+    let (pod, memory) = debugged(spec, json!({"name": "debug", "image": "i:1"}));
     let step = |containers: &[&str]| {
         let observed = seen(&pod, &[sandbox("s1", 0, true)], containers);
         words(&decide(&pod, Intent::Run, &observed, &memory, 0))
     };
     assert_eq!(step(&["i/0=run"]), ["start debug/0"]);
-    assert!(step(&["i/0=run", "debug/0=1"]).is_empty());
+    for ended in ["debug/0=run", "debug/0=1", "debug/0=0", "debug/0=1@s0"] {
+        assert!(step(&["i/0=run", ended]).is_empty(), "{ended}");
+    }
+    // The agent died between making and starting it.
+    assert_eq!(step(&["i/0=run", "debug/0=made"]), ["remove id-debug-0"]);
+    let nothing = seen(&pod, &[], &[]);
+    let plan = decide(&pod, Intent::Run, &nothing, &memory, 0);
+    assert_eq!(words(&plan), ["sandbox 0"], "first a sandbox");
+}
+
+#[test]
+fn an_ephemeral_container_that_the_runtime_lost_is_not_started_again() {
+    let spec = pod("Always", json!([]), &["m"]);
+    let (pod, memory) = debugged(spec, json!({"name": "debug", "image": "i:1"}));
+    let observed = seen(&pod, &[sandbox("s1", 0, true)], &["m/0=run"]);
+    for (state, steps) in [
+        (json!({"waiting": {"reason": "ErrImagePull"}}), 1),
+        (json!({"running": {}}), 0),
+        (json!({"terminated": {"exitCode": 0}}), 0),
+    ] {
+        let previous: PodStatus = serde_json::from_value(json!({"ephemeralContainerStatuses": [
+            {"name": "debug", "state": state, "ready": false, "restartCount": 0,
+             "image": "i:1", "imageID": ""}]}))
+        .unwrap();
+        let plan = next_steps(&Input {
+            pod: &pod,
+            intent: Intent::Run,
+            observed: &observed,
+            previous: Some(&previous),
+            memory: &memory,
+            now: Now {
+                wall: Timestamp::from_second(EPOCH).unwrap(),
+                mono: Duration::from_secs(1000),
+            },
+        });
+        assert_eq!(plan.steps.len(), steps, "{state}");
+    }
+}
+
+#[test]
+fn an_ephemeral_container_waits_for_the_one_whose_processes_it_shares_and_for_no_hook() {
+    let mut spec = pod("Always", json!([]), &["m", "n"]);
+    let hook = json!({"postStart": {"exec": {"command": ["x"]}}});
+    spec.spec.as_mut().unwrap().containers[0].lifecycle = serde_json::from_value(hook).unwrap();
+    let asks = json!({"name": "debug", "image": "i:1", "targetContainerName": "m"});
+    let (mut pod, mut memory) = debugged(spec, asks);
+    let plan = |pod: &Pod, memory: &Memory, containers: &[&str]| {
+        let observed = seen(pod, &[sandbox("s1", 0, true)], containers);
+        decide(pod, Intent::Run, &observed, memory, 0)
+    };
+    memory.images.remove("debug");
+    let early = plan(&pod, &memory, &[]);
+    assert_eq!(words(&early), ["image debug", "start m/0"]);
+    assert_eq!(early.untargeted["debug"], "m");
+    memory.images.insert("debug".into());
+    let running = plan(&pod, &memory, &["m/0=run"]);
+    assert_eq!(words(&running), ["hook m", "start debug/0"]);
+    assert!(running.untargeted.is_empty());
+    let ended = plan(&pod, &memory, &["m/0=1", "n/0=run"]);
+    assert!(ended.untargeted.contains_key("debug"));
+    // Where all share their processes there is nothing to wait for.
+    pod.spec.as_mut().unwrap().share_process_namespace = Some(true);
+    let shared = plan(&pod, &memory, &[]);
+    assert_eq!(words(&shared), ["start debug/0"]);
+    assert_eq!(target(&pod, "debug"), None);
+}
+
+#[test]
+fn an_ephemeral_container_ends_with_its_pod() {
+    let spec = pod("Never", json!([]), &["m"]);
+    let (pod, memory) = debugged(spec, json!({"name": "debug", "image": "i:1"}));
+    let observed = seen(&pod, &[sandbox("s1", 0, true)], &["m/0=0", "debug/0=run"]);
+    for intent in [Intent::Finish, Intent::Delete, Intent::Remove] {
+        let plan = decide(&pod, intent, &observed, &memory, 0);
+        assert!(
+            words(&plan).contains(&"stop debug 30".to_owned()),
+            "{intent:?}"
+        );
+    }
+}
+
+#[test]
+fn a_changed_image_forgets_the_crashes_of_the_one_before() {
+    let mut pod = pod("Always", json!([]), &["m"]);
+    let observed = seen(&pod, &[sandbox("s1", 0, true)], &["m/3=1"]);
+    pod.spec.as_mut().unwrap().containers[0].image = Some("i:2".into());
+    let mut memory = ready(&pod);
+    let wall = Timestamp::from_second(EPOCH).unwrap();
+    let waits = Crashes {
+        delay: Duration::from_secs(300),
+        since: wall,
+    };
+    memory.crashes.insert("m".into(), waits);
+    let plan = decide(&pod, Intent::Run, &observed, &memory, 0);
+    assert_eq!(words(&plan), ["start m/4"]);
+    assert_eq!(plan.crashes["m"], Crashes::none(wall));
 }
 
 /// Feeds an ending from step to step until nothing is left.

@@ -450,3 +450,164 @@ fn addresses_are_kept_when_the_sandbox_is_gone_and_are_the_nodes_on_its_network(
     case.observed.sandboxes[0].host_network = true;
     assert_eq!(case.at(1).pod_ip.as_deref(), Some("192.0.2.7"));
 }
+
+/// A regular container `m` and an ephemeral one, `debug`.
+fn debugged(policy: &str) -> Pod {
+    let mut pod = pod(policy, json!([]), &["m"]);
+    pod.spec.as_mut().unwrap().ephemeral_containers =
+        serde_json::from_value(json!([{"name": "debug", "image": "i:1"}])).unwrap();
+    pod
+}
+
+fn ephemeral(status: &PodStatus) -> &ContainerStatus {
+    &status.ephemeral_container_statuses.as_ref().unwrap()[0]
+}
+
+#[test]
+fn an_ephemeral_container_counts_neither_for_the_phase_nor_for_readiness() {
+    for (policy, containers, phase, ready) in [
+        ("Always", &["m=run"][..], "Running", "True"),
+        ("Always", &["m=run", "debug=run"][..], "Running", "True"),
+        ("Always", &["m=run", "debug=1"][..], "Running", "True"),
+        ("Always", &["debug=run"][..], "Pending", "False"),
+        ("Never", &["m=0", "debug=run"][..], "Succeeded", "False"),
+        ("Never", &["m=0", "debug=1"][..], "Succeeded", "False"),
+    ] {
+        let pod = debugged(policy);
+        let status = case(&pod, containers).at(10);
+        assert_eq!(status.phase.as_deref(), Some(phase), "{containers:?}");
+        let said = &condition(&status, "Ready").status;
+        assert_eq!(said, ready, "{containers:?}");
+        let names: Vec<_> = status
+            .container_statuses
+            .iter()
+            .flatten()
+            .map(|s| &*s.name)
+            .collect();
+        assert_eq!(names, ["m"]);
+    }
+}
+
+#[test]
+fn an_ephemeral_container_says_what_it_does_and_that_it_will_not_come_back() {
+    let pod = debugged("Always");
+    let waiting = Case {
+        waiting: waits("debug", "ErrImagePull"),
+        ..case(&pod, &["m=run"])
+    };
+    let status = waiting.at(1);
+    let why = ephemeral(&status).state.clone().unwrap().waiting.unwrap();
+    assert_eq!(why.reason.as_deref(), Some("ErrImagePull"));
+
+    let status = case(&pod, &["m=run", "debug=run"]).at(1);
+    let running = ephemeral(&status);
+    assert!(running.state.as_ref().unwrap().running.is_some());
+    assert_eq!(running.container_id.as_deref(), Some("containerd://debug0"));
+    assert_eq!((running.ready, running.started), (false, None));
+
+    // A start that failed is its end.
+    let failed = Case {
+        waiting: waits("debug", "RunContainerError"),
+        ..case(&pod, &["m=run", "debug=128"])
+    };
+    let status = failed.at(1);
+    let state = ephemeral(&status).state.clone().unwrap();
+    assert_eq!(state.terminated.unwrap().exit_code, 128);
+
+    let lost = case(&pod, &["m=run", "debug=run"]).then(&["m=run"]).at(20);
+    let state = ephemeral(&lost).state.clone().unwrap();
+    let reason = state.terminated.unwrap().reason;
+    assert_eq!(reason.as_deref(), Some("ContainerStatusUnknown"));
+}
+
+#[test]
+fn a_container_says_how_its_volumes_are_mounted() {
+    let mut pod = pod("Always", json!([]), &["m"]);
+    let mounts = json!([
+        {"name": "a", "mountPath": "/a", "readOnly": true},
+        {"name": "b", "mountPath": "/b", "readOnly": false},
+    ]);
+    pod.spec.as_mut().unwrap().containers[0].volume_mounts =
+        serde_json::from_value(mounts).unwrap();
+    let status = case(&pod, &["m=run"]).at(1);
+    let said = serde_json::to_value(&status.container_statuses.unwrap()[0].volume_mounts).unwrap();
+    let want = json!([
+        {"name": "a", "mountPath": "/a", "readOnly": true, "recursiveReadOnly": "Disabled"},
+        {"name": "b", "mountPath": "/b"},
+    ]);
+    assert_eq!(said, want);
+}
+
+#[test]
+fn a_container_says_as_whom_it_runs_where_the_runtime_tells() {
+    let pod = pod("Always", json!([]), &["m"]);
+    let mut case = case(&pod, &["m=run"]);
+    let user = |case: &Case<'_>| case.at(1).container_statuses.unwrap()[0].user.clone();
+    assert_eq!(user(&case), None);
+    case.observed.containers[0].user = Some(UserSeen {
+        uid: 1000,
+        gid: 3000,
+        supplemental_groups: vec![3000, 4000],
+    });
+    let said = serde_json::to_value(user(&case)).unwrap();
+    let want = json!({"linux": {"uid": 1000, "gid": 3000, "supplementalGroups": [3000, 4000]}});
+    assert_eq!(said, want);
+}
+
+#[test]
+fn a_container_says_what_it_was_given_and_not_what_it_would_get_now() {
+    let sized = |cpu: &str| {
+        let mut pod = pod("Always", json!([]), &["m"]);
+        let resources = json!({"requests": {"cpu": cpu}, "limits": {"memory": "64Mi"}});
+        pod.spec.as_mut().unwrap().containers[0].resources =
+            serde_json::from_value(resources).unwrap();
+        pod
+    };
+    let said = |status: &PodStatus| {
+        let one = &status.container_statuses.as_ref().unwrap()[0];
+        serde_json::to_value((&one.resources, &one.allocated_resources)).unwrap()
+    };
+    let given =
+        |cpu: &str| json!([{"requests": {"cpu": cpu}, "limits": {"memory": "64Mi"}}, {"cpu": cpu}]);
+    let (small, large) = (sized("1"), sized("2"));
+    let first = case(&small, &["m=run"]).at(1);
+    assert_eq!(said(&first), given("1"));
+    // Resized in the spec: what runs was not, and what is started after it is.
+    let mut resized = case(&large, &["m=run"]);
+    resized.previous = Some(first);
+    let second = resized.at(2);
+    assert_eq!(said(&second), given("1"));
+    let mut restarted = case(&large, &["m=1", "m=run"]);
+    restarted.previous = Some(second);
+    assert_eq!(said(&restarted.at(3)), given("2"));
+
+    let bare = pod("Always", json!([]), &["m"]);
+    assert_eq!(said(&case(&bare, &["m=run"]).at(1)), json!([{}, null]));
+}
+
+#[test]
+fn a_final_phase_is_not_said_while_anything_of_the_pod_runs() {
+    let pod = debugged("Never");
+    let failed = Failed {
+        reason: "DeadlineExceeded".into(),
+        message: "too long".into(),
+    };
+    for (failed, last) in [(None, "Succeeded"), (Some(failed), "Failed")] {
+        let mut case = Case {
+            failed,
+            ..case(&pod, &["m=run", "debug=run"])
+        };
+        let mut before = case.at(1);
+        before.phase = Some("Running".into());
+        case.previous = Some(before);
+        case.intent = Intent::Finish;
+        case.observed = observed(&["m=0", "debug=run"]);
+        let status = case.at(2);
+        assert_eq!(status.phase.as_deref(), Some("Running"));
+        assert_eq!(status.reason, None);
+        case.observed = observed(&["m=0", "debug=137"]);
+        let status = case.at(3);
+        assert_eq!(status.phase.as_deref(), Some(last));
+        assert_eq!(status.reason.is_some(), last == "Failed");
+    }
+}

@@ -1,8 +1,8 @@
 //! Which files a volume consists of (pure): configMap, secret, downwardAPI and projected.
 //!
 //! Takes the volume's spec, the committed objects and the tokens that were asked for; gives a
-//! payload for the atomic writer. An absent object gives no files and says so, so that what is
-//! mounted can stay; an unknown one is an error that waits.
+//! payload for the atomic writer. An absent object gives no files; where the Pod needs it that is
+//! said, so that what is mounted stays. An unknown one is an error that waits.
 
 use std::collections::BTreeMap;
 
@@ -25,7 +25,7 @@ pub(super) struct Inputs<'a> {
     /// What the token source answered, for each request of [`token_requests`].
     pub(super) tokens: &'a BTreeMap<TokenRequest, Result<Token, String>>,
     pub(super) node_ca_pem: Option<&'a str>,
-    /// Files are there from before: an absent object leaves them as they are.
+    /// Files are there from before: a needed object that is absent leaves them as they are.
     pub(super) populated: bool,
 }
 
@@ -33,7 +33,7 @@ pub(super) struct Inputs<'a> {
 #[derive(Default)]
 pub(super) struct Content {
     pub(super) payload: Payload,
-    /// A source is absent: files that are mounted and not in the payload stay.
+    /// A source that is needed is absent: files that are mounted and not in the payload stay.
     pub(super) keep_old: bool,
     /// A token could not be had and an old one stays: try again soon.
     pub(super) token_overdue: bool,
@@ -190,7 +190,12 @@ impl<'a> Source<'a> {
         content: &mut Content,
     ) -> Result<(), ConfigError> {
         let Some(mut entries) = self.entries(inputs)? else {
-            if !self.optional && !inputs.populated {
+            // An optional object that is deleted takes its files with it, as upstream's volumes do
+            // and test for; one that is needed leaves them.
+            if self.optional {
+                return Ok(());
+            }
+            if !inputs.populated {
                 let message = format!("{} {:?} not found", self.kind, self.name);
                 return Err(ConfigError::Missing { message });
             }
@@ -466,13 +471,19 @@ mod tests {
     }
 
     #[test]
-    fn an_absent_object_erases_nothing() {
+    fn an_object_that_is_deleted_takes_its_files_only_where_it_is_optional() {
         let mut case = Case::new();
         case.populated = true;
-        let content = case
-            .files(json!({"name": "v", "configMap": {"name": "gone"}}))
-            .unwrap();
-        assert!(content.keep_old && content.payload.is_empty());
+        for (optional, keeps) in [(false, true), (true, false)] {
+            let source = json!({"name": "gone", "optional": optional});
+            for volume in [
+                json!({"name": "v", "configMap": source}),
+                json!({"name": "v", "projected": {"sources": [{"configMap": source}]}}),
+            ] {
+                let content = case.files(volume).unwrap();
+                assert_eq!((content.keep_old, content.payload.len()), (keeps, 0));
+            }
+        }
     }
 
     #[test]

@@ -426,3 +426,26 @@ async fn hosts_and_last_words() {
     fs::write(&plans[1].host_path, "bye").unwrap();
     assert_eq!((read(0).as_str(), read(1).as_str()), ("bye", "bye"));
 }
+
+#[tokio::test]
+async fn the_nodes_ca_comes_and_goes_with_the_local_api_in_volumes_that_are_mounted() {
+    let bench = Bench::new();
+    let pod = all_kinds(json!({}));
+    let agent = |pem: Option<&str>| {
+        let config = VolumesConfig {
+            root: bench.dir.path().to_owned(),
+            node_ca_pem: pem.map(str::to_owned),
+        };
+        let tokens = Arc::new(Counter::default());
+        Volumes::new(config, bench.desired.clone(), tokens)
+    };
+    for (pem, want) in [
+        (None, "ROOT\n"),
+        (Some("NODE\n"), "ROOT\nNODE\n"),
+        (None, "ROOT\n"),
+    ] {
+        agent(pem).ensure(&pod, &environment()).await.unwrap();
+        let file = bench.at(&pod, "/api").join("ca.crt");
+        assert_eq!(fs::read_to_string(file).unwrap(), want);
+    }
+}

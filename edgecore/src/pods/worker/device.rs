@@ -1,5 +1,7 @@
 //! A device in memory for the tests of whole lives: a runtime, a store, and agents that come and go.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
@@ -47,6 +49,8 @@ pub(super) struct Device {
     pub(super) tokens: Arc<SomeTokens>,
     pub(super) dir: tempfile::TempDir,
     pub(super) node: &'static str,
+    /// The next who asks for the time panics.
+    pub(super) clock_is_broken: Arc<AtomicBool>,
 }
 
 pub(super) struct Agent {
@@ -74,6 +78,7 @@ impl Device {
             tokens: Arc::default(),
             dir: tempfile::tempdir().unwrap(),
             node: "edge-1",
+            clock_is_broken: Arc::default(),
         };
         device.fake.add_image("i:1");
         device.put_object(ObjectKey::named(Kind::Services, "default", ""), json!([]));
@@ -112,9 +117,16 @@ impl Device {
         };
         let fake = self.fake.clone();
         let start = Instant::now();
-        let clock: Clock = Arc::new(move || Now {
-            wall: fake.now(),
-            mono: start.elapsed(),
+        let broken = self.clock_is_broken.clone();
+        let clock: Clock = Arc::new(move || {
+            assert!(
+                !broken.swap(false, Ordering::Relaxed),
+                "the clock is broken"
+            );
+            Now {
+                wall: fake.now(),
+                mono: start.elapsed(),
+            }
         });
         let (handle, task) = PodManager::build(
             config,

@@ -1,5 +1,6 @@
 //! What a worker reads off its Pod and off the desired set.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use common::ids::{Kind, ObjectKey};
@@ -73,16 +74,6 @@ pub(super) fn deadline_left(
     Some(limit.saturating_sub(active))
 }
 
-/// The container whose processes an ephemeral container asks to share.
-pub(super) fn target(pod: &Pod, container: &str) -> Option<String> {
-    let all = pod.spec.as_ref()?.ephemeral_containers.as_ref()?;
-    let found = all.iter().find(|e| e.name == container)?;
-    found
-        .target_container_name
-        .clone()
-        .filter(|t| !t.is_empty())
-}
-
 /// The ConfigMaps and Secrets that the Pod names. Services count at a container's start only.
 pub(super) fn references(pod: &Pod) -> Vec<ObjectKey> {
     let mut keys = env::references(pod);
@@ -102,9 +93,14 @@ pub(super) fn contents(keys: &[ObjectKey], desired: &Desired) -> Vec<ContentHash
     keys.iter().map(content).collect()
 }
 
-/// What the downward API shows of a Pod and may change while it runs.
-pub(super) fn labelled(pod: &Pod) -> ContentHash {
-    let shown = (&pod.metadata.labels, &pod.metadata.annotations);
+/// What decides over a Pod's volumes and may change while it runs: what the downward API shows, and
+/// which volumes ephemeral containers bring into use.
+pub(super) fn volatile(pod: &Pod) -> ContentHash {
+    let spec = pod.spec.iter();
+    let ephemeral = spec.flat_map(|s| s.ephemeral_containers.iter().flatten());
+    let mounts = ephemeral.flat_map(|e| e.volume_mounts.iter().flatten());
+    let mounted: BTreeSet<&str> = mounts.map(|m| m.name.as_str()).collect();
+    let shown = (&pod.metadata.labels, &pod.metadata.annotations, mounted);
     let bytes = serde_json::to_vec(&shown).unwrap_or_default();
     ContentHash::of(&Content::Present(bytes.into()))
 }

@@ -1,5 +1,7 @@
 //! Whole lives of Pods on a runtime in memory, under paused time.
 
+use std::sync::atomic::Ordering;
+
 use common::ids::Kind;
 use common::object::Object;
 use serde_json::json;
@@ -706,4 +708,129 @@ async fn a_label_that_changes_is_in_the_file_at_once_and_restarts_nothing() {
     let took = d.until("the new label", || read() == "tier=\"back\"").await;
     assert!(took < Duration::from_secs(1), "{took:?}");
     assert_eq!(d.status(&key)["containerStatuses"][0]["restartCount"], 0);
+}
+
+/// The Pod with an ephemeral container, as an update through `pods/ephemeralcontainers` gives it.
+fn debugged(mut pod: serde_json::Value, ephemeral: serde_json::Value) -> serde_json::Value {
+    pod["spec"]["ephemeralContainers"] = json!([ephemeral]);
+    pod
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_ephemeral_container_comes_to_a_running_pod_and_runs_once() {
+    let d = Device::new();
+    let agent = d.start();
+    let mut web = pod("web", "u1");
+    web["spec"]["volumes"] = json!([{"name": "tools", "configMap": {"name": "tools"}}]);
+    d.put_object(
+        ObjectKey::named(Kind::ConfigMap, "default", "tools"),
+        json!({"data": {"t": "1"}}),
+    );
+    let key = d.put(&web);
+    d.until("running", || d.phase(&key) == "Running").await;
+    d.fake.program("debug", ends(60, 3));
+    d.put(&debugged(
+        web,
+        json!({"name": "debug", "image": "i:1", "imagePullPolicy": "IfNotPresent", "stdin": true,
+            "tty": true, "targetContainerName": "main",
+            "securityContext": {"privileged": true},
+            "env": [{"name": "A", "value": "b"}],
+            "volumeMounts": [{"name": "tools", "mountPath": "/tools"}]}),
+    ));
+    let of = |status: &serde_json::Value| status["ephemeralContainerStatuses"][0].clone();
+    let runs = || of(&d.status(&key))["state"]["running"].is_object();
+    let took = d.until("the ephemeral container runs", runs).await;
+    assert!(took < Duration::from_secs(1), "{took:?}");
+
+    let config = d.fake.config_of("debug").unwrap();
+    assert!(config.stdin && config.tty && !config.stdin_once);
+    assert_eq!(
+        config.envs.iter().find(|e| e.key == "A").unwrap().value,
+        "b"
+    );
+    let security = config.linux.unwrap().security_context.unwrap();
+    let options = security.namespace_options.unwrap();
+    let main = d.status(&key)["containerStatuses"][0]["containerID"].clone();
+    assert_eq!(json!(format!("fake://{}", options.target_id)), main);
+    assert_eq!(
+        options.pid,
+        i32::from(crate::cri::api::NamespaceMode::Target)
+    );
+    // No other container had mounted the volume: it came with this one.
+    let mount = config.mounts.iter().find(|m| m.container_path == "/tools");
+    let file = std::path::Path::new(&mount.unwrap().host_path).join("t");
+    assert_eq!(std::fs::read_to_string(file).unwrap(), "1");
+
+    // A new agent adopts it, and nobody starts it again when it has ended.
+    agent.stop().await;
+    let agent = d.start();
+    let ended = || of(&d.status(&key))["state"]["terminated"]["exitCode"] == 3;
+    d.until("it has ended", ended).await;
+    sleep(Duration::from_secs(600)).await;
+    let starts = |d: &Device| {
+        let calls = d.fake.calls();
+        calls
+            .iter()
+            .filter(|c| *c == "StartContainer debug/0")
+            .count()
+    };
+    assert_eq!(starts(&d), 1);
+    assert_eq!(d.fake.running(), ["main/0"]);
+    assert_eq!(d.phase(&key), "Running");
+    assert_eq!(condition(&d.status(&key), "Ready"), "True");
+    agent.stop().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_ephemeral_container_that_cannot_have_its_target_says_what_it_waits_for() {
+    let d = Device::new();
+    let _agent = d.start();
+    d.fake.program("main", ends(1, 7));
+    let mut job = pod("job", "u1");
+    job["spec"]["initContainers"] = json!([{"name": "prepare", "image": "i:1"}]);
+    let ephemeral = json!({"name": "debug", "image": "i:1", "targetContainerName": "main"});
+    let key = d.put(&debugged(job, ephemeral));
+    let waiting = || {
+        let status = d.status(&key);
+        let why = status["ephemeralContainerStatuses"][0]["state"]["waiting"]["message"].clone();
+        why.as_str().is_some_and(|m| m.contains("container main"))
+    };
+    d.until("it says so", waiting).await;
+    d.fake.tick();
+    assert_eq!(d.fake.running(), ["prepare/0"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_is_done_takes_its_ephemeral_containers_with_it() {
+    let d = Device::new();
+    let _agent = d.start();
+    d.fake.program("main", ends(20, 0));
+    let mut job = pod("job", "u1");
+    job["spec"]["restartPolicy"] = json!("Never");
+    let key = d.put(&debugged(job, json!({"name": "debug", "image": "i:1"})));
+    d.until("both run", || d.fake.running().len() == 2).await;
+    d.until("done", || d.phase(&key) == "Succeeded").await;
+    d.until("nothing runs", || d.fake.running().is_empty())
+        .await;
+    let ended = || {
+        let status = d.status(&key);
+        status["ephemeralContainerStatuses"][0]["state"]["terminated"].is_object()
+    };
+    d.until("its end is said", ended).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_panics_is_started_again_and_the_others_go_on() {
+    let d = Device::new();
+    let _agent = d.start();
+    let key = d.put(&pod("web", "u1"));
+    d.until("running", || d.phase(&key) == "Running").await;
+    d.clock_is_broken.store(true, Ordering::Relaxed);
+    let unlucky = d.put(&pod("unlucky", "u2"));
+    let mended = || !d.clock_is_broken.load(Ordering::Relaxed);
+    d.until("a worker panicked", mended).await;
+    assert_eq!(d.phase(&unlucky), "");
+    let took = d.until("running", || d.phase(&unlucky) == "Running").await;
+    assert!((10..12).contains(&took.as_secs()), "{took:?}");
+    assert_eq!(d.fake.running(), ["main/0", "main/0"]);
 }

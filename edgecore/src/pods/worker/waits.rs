@@ -21,6 +21,14 @@ impl Worker {
     ) -> BTreeMap<String, Waiting> {
         self.back_off_pulls(now);
         let mut all = self.memory.trouble.clone();
+        for (container, target) in &plan.untargeted {
+            all.entry(container.clone()).or_insert_with(|| Waiting {
+                reason: "ContainerCreating".into(),
+                message: format!(
+                    "waits for container {target}, whose processes it is to share, to run"
+                ),
+            });
+        }
         let (namespace, name, uid) = convert::identity(pod);
         for (container, delay) in &plan.crash_looping {
             let message = format!(
