@@ -19,7 +19,7 @@ use tokio::time::Instant;
 
 /// Whoever still holds the old Node object (an API server's cache, a scraper's list of targets)
 /// asks again well within this.
-pub const QUARANTINE: Duration = Duration::from_secs(600);
+const QUARANTINE: Duration = Duration::from_secs(600);
 
 /// The kubelet's own ports and cAdvisor's old one: with the host's network a kubelet has them.
 const NEVER: &[u16] = &[4194, 10250, 10255];
@@ -35,7 +35,7 @@ pub struct PortRange {
 }
 
 impl PortRange {
-    pub fn contains(self, port: u16) -> bool {
+    fn contains(self, port: u16) -> bool {
         (self.first..=self.last).contains(&port) && !NEVER.contains(&port)
     }
 
@@ -82,7 +82,7 @@ impl fmt::Display for PortRange {
 
 /// See the module.
 #[derive(Debug)]
-pub struct Ports {
+pub(super) struct Ports {
     range: PortRange,
     of: HashMap<NodeName, u16>,
     taken: BTreeMap<u16, NodeName>,
@@ -90,7 +90,7 @@ pub struct Ports {
 }
 
 impl Ports {
-    pub fn new(range: PortRange) -> Self {
+    pub(super) fn new(range: PortRange) -> Self {
         Self {
             range,
             of: HashMap::new(),
@@ -101,7 +101,7 @@ impl Ports {
 
     /// A Node reports this port of our address: it stays the node's. Of two that report one, the
     /// first keeps it.
-    pub fn adopt(&mut self, node: &NodeName, port: u16) -> bool {
+    pub(super) fn adopt(&mut self, node: &NodeName, port: u16) -> bool {
         let free = self.range.contains(port)
             && !self.taken.contains_key(&port)
             && !self.of.contains_key(node);
@@ -111,17 +111,17 @@ impl Ports {
         free
     }
 
-    pub fn port(&self, node: &NodeName) -> Option<u16> {
+    pub(super) fn port(&self, node: &NodeName) -> Option<u16> {
         self.of.get(node).copied()
     }
 
-    pub fn nodes(&self) -> impl Iterator<Item = &NodeName> {
+    pub(super) fn nodes(&self) -> impl Iterator<Item = &NodeName> {
         self.of.keys()
     }
 
     /// The node's port, opened by `open`; a new one when it has none or somebody else has taken
     /// it. `None` when there is none left.
-    pub fn assign<T>(
+    pub(super) fn assign<T>(
         &mut self,
         node: &NodeName,
         now: Instant,
@@ -149,7 +149,7 @@ impl Ports {
     }
 
     /// The node has no endpoint here any more.
-    pub fn release(&mut self, node: &NodeName, now: Instant) -> Option<u16> {
+    pub(super) fn release(&mut self, node: &NodeName, now: Instant) -> Option<u16> {
         let port = self.of.remove(node)?;
         self.taken.remove(&port);
         self.resting.insert(port, now + QUARANTINE);

@@ -24,7 +24,7 @@ use rustls::AlertDescription;
 use rustls::pki_types::CertificateDer;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
@@ -37,8 +37,10 @@ use super::serving::ServingTls;
 use super::tunnel::{Answer, Left, NoAnswer, Splice, Tunnels, text};
 
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// Handshakes under way on all ports: each is a signature.
-const HANDSHAKES: usize = 64;
+/// Handshakes under way on all ports, and on one: whoever stalls there holds up one node's callers,
+/// for ten seconds.
+const ALL_HANDSHAKES: usize = 512;
+const HANDSHAKES: usize = 32;
 /// Of one node: its tunnels, as many idle ones of API servers and scrapers.
 const CONNECTIONS: usize = 128;
 /// Of all nodes, at about 30 KB when idle.
@@ -55,8 +57,8 @@ pub(super) struct Server {
     auth: Auth,
     tunnels: Tunnels,
     metrics: Metrics,
-    handshakes: Arc<Semaphore>,
-    connections: Arc<Semaphore>,
+    handshakes: Semaphore,
+    connections: Semaphore,
 }
 
 impl Server {
@@ -66,14 +68,15 @@ impl Server {
             auth,
             tunnels,
             metrics,
-            handshakes: Arc::new(Semaphore::new(HANDSHAKES)),
-            connections: Arc::new(Semaphore::new(ALL_CONNECTIONS)),
+            handshakes: Semaphore::new(ALL_HANDSHAKES),
+            connections: Semaphore::new(ALL_CONNECTIONS),
         }
     }
 
     /// Serves one node's port; dropped, its connections and tunnels end.
     pub(super) async fn listen(self: Arc<Self>, node: NodeName, listener: TcpListener) {
         let here = Arc::new(Semaphore::new(CONNECTIONS));
+        let shaking = Arc::new(Semaphore::new(HANDSHAKES));
         let mut connections = JoinSet::new();
         loop {
             tokio::select! {
@@ -84,8 +87,12 @@ impl Server {
                     (place, listener.accept().await)
                 } => match accepted {
                     Ok((stream, _)) => {
-                        let served = self.clone().connection(node.clone(), stream, place);
-                        connections.spawn(served);
+                        let (server, node) = (self.clone(), node.clone());
+                        let shaking = shaking.clone();
+                        connections.spawn(async move {
+                            server.connection(&node, stream, &shaking).await;
+                            drop(place);
+                        });
                     }
                     // Out of file descriptors, most likely: without a pause this would spin.
                     Err(error) => {
@@ -97,33 +104,33 @@ impl Server {
         }
     }
 
-    async fn connection(
-        self: Arc<Self>,
-        node: NodeName,
-        stream: TcpStream,
-        _place: Option<OwnedSemaphorePermit>,
-    ) {
-        let Ok(_of_all) = self.connections.clone().try_acquire_owned() else {
+    async fn connection(&self, node: &NodeName, stream: TcpStream, shaking: &Semaphore) {
+        let Ok(_place) = self.connections.try_acquire() else {
             self.metrics.refused(Reason::Handshake);
             return;
         };
-        let stream = match timeout(HANDSHAKE, self.handshake(stream)).await {
+        let stream = match timeout(HANDSHAKE, self.handshake(stream, shaking)).await {
             Ok(Some(stream)) => stream,
             Ok(None) | Err(_) => {
                 self.metrics.refused(Reason::Handshake);
                 return;
             }
         };
-        if let Some(splice) = self.serve(&node, stream).await {
+        if let Some(splice) = self.serve(node, stream).await {
             splice.run().await;
         }
     }
 
-    async fn handshake(&self, stream: TcpStream) -> Option<TlsStream<TcpStream>> {
+    async fn handshake(
+        &self,
+        stream: TcpStream,
+        shaking: &Semaphore,
+    ) -> Option<TlsStream<TcpStream>> {
         let probes = TcpKeepalive::new().with_time(PROBE).with_interval(PROBE);
         // Without them the connection only lives longer.
         let _ = SockRef::from(&stream).set_tcp_keepalive(&probes);
         let _ = stream.set_nodelay(true);
+        let _here = shaking.acquire().await;
         let _place = self.handshakes.acquire().await;
         let acceptor = TlsAcceptor::from(self.tls.config());
         let accepted = acceptor.accept_with(stream, |tls| tls.set_buffer_limit(Some(BUFFER)));

@@ -191,7 +191,7 @@ async fn device_answer(
         let first = futures::stream::once(async {
             Ok::<_, Infallible>(hyper::body::Frame::data(Bytes::from("line\n")))
         });
-        let guard = scopeguard(ended);
+        let guard = Guard(ended);
         let rest = futures::stream::poll_fn(move |_| {
             let _ = &guard;
             std::task::Poll::Pending
@@ -206,16 +206,13 @@ async fn device_answer(
     Ok(answer.unwrap())
 }
 
+/// Says that the log's body was dropped.
 struct Guard(Arc<Notify>);
 
 impl Drop for Guard {
     fn drop(&mut self) {
         self.0.notify_one();
     }
-}
-
-fn scopeguard(ended: Arc<Notify>) -> Guard {
-    Guard(ended)
 }
 
 struct Bed {
@@ -330,7 +327,7 @@ impl Bed {
         });
         Ok(Asker {
             sender,
-            driver: AbortOnDropHandle::new(driver),
+            _driver: AbortOnDropHandle::new(driver),
         })
     }
 
@@ -355,7 +352,7 @@ impl Bed {
 /// Whoever dials the endpoint.
 struct Asker {
     sender: SendRequest<Empty<Bytes>>,
-    driver: AbortOnDropHandle<()>,
+    _driver: AbortOnDropHandle<()>,
 }
 
 impl Asker {

@@ -108,7 +108,7 @@ impl ClientCaTask {
                 }
                 Err(error) => tracing::warn!(
                     error = %crate::chain(&error),
-                    "the cluster's client CA cannot be read: until it can, kubelet endpoints answer 500 to client certificates that came before it was known; run `cloudcore install` if the role is missing"
+                    "the cluster's client CA cannot be read; while none is known, kubelet endpoints answer 500 to client certificates. Run `cloudcore install` if the role is missing"
                 ),
             }
         }
@@ -170,8 +170,8 @@ mod tests {
         }
     }
 
-    #[test]
-    fn another_bundle_takes_the_place_of_the_one_before_and_a_spoilt_one_does_not() {
+    #[tokio::test]
+    async fn another_bundle_takes_the_place_of_the_one_before_and_a_spoilt_one_does_not() {
         let (old, new) = (ClientRoot::new(), ClientRoot::new());
         let (ca, task) = ClientCa::build(FakeApi::new().client());
         let (jane, _) = old.client("jane", &["dev"]);
@@ -199,7 +199,7 @@ mod tests {
         let root = ClientRoot::new();
         let ca = ClientCa::fixed(&root.pem());
         let (jane, _) = root.client("jane", &[]);
-        let late = UnixTime::since_unix_epoch(std::time::Duration::from_secs(1 << 34));
+        let late = UnixTime::since_unix_epoch(std::time::Duration::from_secs(1 << 37));
         assert!(ca.user(&jane, &[], late).is_err());
         let (server, _) = root.server("jane");
         assert!(ca.user(&server, &[], UnixTime::now()).is_err());

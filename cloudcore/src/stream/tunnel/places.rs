@@ -11,7 +11,7 @@ use crate::hub::pace::Pace;
 
 /// Of one node at once: what a connection has streams for beside its session's own
 /// (`LinkConfig::cloud_streams`).
-pub const TUNNELS: usize = 64;
+pub(super) const TUNNELS: usize = 64;
 
 /// A script that runs a command in each of a node's Pods passes; a loop gone wild is held.
 const BURST: u32 = 200;
