@@ -21,6 +21,7 @@ use tracing::debug;
 
 use crate::downstream::Downstream;
 use crate::hub::registry::{Registry, SessionEntry};
+use crate::stream;
 use crate::upstream::{self, Upstream};
 
 /// Scrapers and probes; more at once wait.
@@ -40,6 +41,7 @@ pub struct Shown {
     pub registry: Registry,
     pub upstream: Upstream,
     pub downstream: Downstream,
+    pub tunnels: stream::Metrics,
     /// The watches are complete: sessions get what they need.
     pub ready: watch::Receiver<bool>,
 }
@@ -176,6 +178,7 @@ struct Exposed {
     lists: u64,
     faults: u64,
     malformed: u64,
+    tunnels: stream::Numbers,
 }
 
 impl Shown {
@@ -196,6 +199,7 @@ impl Shown {
             lists: down.lists.get(),
             faults: down.faults.get(),
             malformed: down.malformed.get(),
+            tunnels: self.tunnels.numbers(),
         }
     }
 }
@@ -212,6 +216,7 @@ impl fmt::Display for Exposed {
             writeln!(out, "cloudcore_sessions{{transport=\"{kind}\"}} {count}")?;
         }
         self.volumes(out)?;
+        self.tunnels(out)?;
         head(
             out,
             "cloudcore_resume_bytes",
@@ -279,7 +284,41 @@ impl Exposed {
         Ok(())
     }
 
-    fn gauges(&self) -> Rows<5> {
+    /// Tunnels by verb, refusals by reason, bytes of closed tunnels by direction.
+    fn tunnels(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let numbers = &self.tunnels;
+        let opened = numbers.opened.iter().map(|(verb, n)| (*verb, *n));
+        let refused = numbers.refused.iter().map(|(why, n)| (why.as_str(), *n));
+        let bytes = [("sent", numbers.there), ("received", numbers.back)];
+        for (name, help, label, rows) in [
+            (
+                "cloudcore_tunnels_opened_total",
+                "Tunnels to nodes that were opened, by verb.",
+                "verb",
+                opened.collect::<Vec<_>>(),
+            ),
+            (
+                "cloudcore_tunnels_refused_total",
+                "Connections and requests that became no tunnel, by reason.",
+                "reason",
+                refused.collect(),
+            ),
+            (
+                "cloudcore_tunnel_bytes_total",
+                "Bytes that closed tunnels carried, by direction.",
+                "direction",
+                bytes.to_vec(),
+            ),
+        ] {
+            head(out, name, "counter", help)?;
+            for (value, count) in rows {
+                writeln!(out, "{name}{{{label}=\"{value}\"}} {count}")?;
+            }
+        }
+        Ok(())
+    }
+
+    fn gauges(&self) -> Rows<7> {
         [
             (
                 "cloudcore_hub_queued_bytes",
@@ -305,6 +344,16 @@ impl Exposed {
                 "cloudcore_watched_references",
                 "ConfigMaps and Secrets that are watched.",
                 self.references,
+            ),
+            (
+                "cloudcore_kubelet_endpoints",
+                "Nodes whose kubelet endpoint listens here.",
+                self.tunnels.endpoints,
+            ),
+            (
+                "cloudcore_tunnels_open",
+                "Tunnels to nodes that are open.",
+                self.tunnels.open,
             ),
         ]
     }
@@ -416,6 +465,14 @@ mod tests {
             lists: 1,
             faults: 0,
             malformed: 0,
+            tunnels: stream::Numbers {
+                open: 2,
+                endpoints: 4,
+                opened: [("exec", 9)].into(),
+                refused: [(stream::Reason::Limit, 3)].into(),
+                there: 21,
+                back: 22,
+            },
         }
     }
 
@@ -476,6 +533,11 @@ mod tests {
             ("cloudcore_hub_queued_bytes", 12),
             ("cloudcore_upstream_queued", 4),
             ("cloudcore_upstream_patches_total", 6),
+            ("cloudcore_tunnels_open", 2),
+            ("cloudcore_tunnels_opened_total{verb=\"exec\"}", 9),
+            ("cloudcore_tunnels_refused_total{reason=\"limit\"}", 3),
+            ("cloudcore_tunnel_bytes_total{direction=\"sent\"}", 21),
+            ("cloudcore_tunnel_bytes_total{direction=\"received\"}", 22),
         ] {
             assert_eq!(samples.get(sample), Some(&value), "{sample}");
         }

@@ -4,6 +4,7 @@
 //! API server ──watch──► downstream ──desired──► hub (listener, sessions) ◄──dial── edges
 //!     ▲                     │ live state            │ reports, events, requests
 //!     └──── upstream ◄──────┴───────────────────────┘
+//!     ├──────────────────────────── stream ──tunnels──► sessions (kubectl logs, exec, ...)
 //!     └──── enroll (tokens, CA, records) · nodes (Node objects, Leases, tolerations)
 //! ```
 //!
@@ -44,6 +45,7 @@ use crate::kube::{Access, KubeClients, KubeError};
 use crate::nodes::claim::Claims;
 use crate::nodes::keeper;
 use crate::nodes::tolerations::Tolerations;
+use crate::stream::{self, NodeEndpoints};
 use crate::upstream::{self, KubeWriter};
 use crate::views::{self, LiveState};
 
@@ -89,13 +91,21 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         enrolments.names(),
         malformed,
     );
+    let serving = stream::Config {
+        address: config.kubelet_address,
+        listen: config.listen.ip(),
+        kind: config.kubelet_address_type,
+        ports: config.kubelet_ports,
+        serving: config.kubelet_serving_certificate,
+    };
+    let endpoints = NodeEndpoints::find(&serving, access.server(), &kube.own()).await?;
     let (upstream, upstream_task) = upstream::build(
         &upstream::Config::default(),
         upstream::Deps {
             writer: Arc::new(KubeWriter::new(kube.own(), KubeClients::mark_as_node)),
             pods: Arc::new(LiveState(downstream.clone())),
             nodes: Arc::new(LiveState(downstream.clone())),
-            endpoints: None,
+            endpoints: Some(Arc::new(endpoints.clone())),
             clock: Arc::new(jiff::Timestamp::now),
         },
     );
@@ -112,6 +122,15 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     };
     let (listener, listen_task) = listen::bind(listening, tls).await?;
     let registry = Registry::default();
+    let streams = stream::Deps {
+        kube: kube.clone(),
+        authority: authority.clone(),
+        registry: registry.clone(),
+        enrolments: enrolments.clone(),
+        downstream: downstream.clone(),
+        upstream: upstream.clone(),
+    };
+    let (tunnels, stream_task) = stream::build(&serving, endpoints, streams)?;
     let deps = Arc::new(HubDeps {
         paces: Paces::default(),
         registry: registry.clone(),
@@ -140,6 +159,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         registry,
         upstream: upstream.clone(),
         downstream: downstream.clone(),
+        tunnels,
         ready: ready.subscribe(),
     };
     let admin = Admin::bind(config.admin, shown).await?;
@@ -175,6 +195,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     tasks.spawn("the upstream writer", upstream_task.run(rest_stop.clone()));
     tasks.spawn("the listener", listen_task.run(hub_stop.clone()));
     tasks.spawn(HUB, Hub::build(listener, deps).run(hub_stop.clone()));
+    tasks.spawn("the kubelet endpoints", stream_task.run(hub_stop.clone()));
     tasks.spawn("the admin endpoint", admin.run(rest_stop.clone()));
     let seen = views::Watchers {
         downstream,

@@ -15,6 +15,7 @@ use common::ids::NodeName;
 use crate::config::{Config, HostPort, Settings, duration};
 use crate::enroll::authority::Authority;
 use crate::kube::{Access, Impersonation, Mode, install};
+use crate::stream::{AddressType, PortRange, Serving};
 
 /// The cloud side: runs beside the Kubernetes API and serves the edge nodes.
 #[derive(Debug, Parser)]
@@ -86,6 +87,22 @@ struct RunFlags {
     /// Ranges that nodes must not give to their Pods, with commas between.
     #[arg(long, value_name = "CIDR", env = "CLOUDCORE_CLUSTER_RANGES")]
     cluster_ranges: Option<String>,
+    /// Where the API server reaches the nodes' kubelet endpoints [default: POD_IP, or found out].
+    #[arg(long, value_name = "IP", env = "CLOUDCORE_KUBELET_ADDRESS")]
+    kubelet_address: Option<std::net::IpAddr>,
+    /// How Nodes report that address: InternalIP or Hostname [default: InternalIP].
+    #[arg(long, value_name = "TYPE", env = "CLOUDCORE_KUBELET_ADDRESS_TYPE")]
+    kubelet_address_type: Option<AddressType>,
+    /// Ports of the kubelet endpoints, one for each node [default: 20000-29999].
+    #[arg(long, value_name = "FIRST-LAST", env = "CLOUDCORE_KUBELET_PORTS")]
+    kubelet_ports: Option<PortRange>,
+    /// Who signs the kubelet endpoints' certificate: auto, own or cluster [default: auto].
+    #[arg(
+        long,
+        value_name = "SIGNER",
+        env = "CLOUDCORE_KUBELET_SERVING_CERTIFICATE"
+    )]
+    kubelet_serving_certificate: Option<Serving>,
     /// What is logged, as in info,cloudcore=debug [default: info].
     #[arg(long, value_name = "FILTER", env = "CLOUDCORE_LOG")]
     log: Option<String>,
@@ -160,6 +177,10 @@ impl RunFlags {
             cluster_domain: self.cluster_domain,
             cluster_dns: self.cluster_dns,
             cluster_ranges: ranges.transpose().map_err(anyhow::Error::msg)?,
+            kubelet_address: self.kubelet_address,
+            kubelet_address_type: self.kubelet_address_type,
+            kubelet_ports: self.kubelet_ports,
+            kubelet_serving_certificate: self.kubelet_serving_certificate,
             log: self.log,
         };
         Ok(flags.or(file).complete())

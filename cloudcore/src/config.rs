@@ -12,6 +12,7 @@ use std::time::Duration;
 use serde_json::{Map, Value};
 
 use crate::kube::Impersonation;
+use crate::stream::{AddressType, PortRange, Serving};
 
 /// The port of the hub, UDP and TCP.
 pub const DEFAULT_PORT: u16 = 10000;
@@ -88,6 +89,10 @@ pub struct Settings {
     pub cluster_domain: Option<String>,
     pub cluster_dns: Option<IpAddr>,
     pub cluster_ranges: Option<Vec<String>>,
+    pub kubelet_address: Option<IpAddr>,
+    pub kubelet_address_type: Option<AddressType>,
+    pub kubelet_ports: Option<PortRange>,
+    pub kubelet_serving_certificate: Option<Serving>,
     pub log: Option<String>,
 }
 
@@ -113,6 +118,12 @@ pub struct Config {
     pub cluster_dns: Option<IpAddr>,
     /// CIDRs that a node's own Pod range must not overlap.
     pub cluster_ranges: Vec<String>,
+    /// Where the API server reaches this replica's kubelet endpoints; found out when not set.
+    pub kubelet_address: Option<IpAddr>,
+    pub kubelet_address_type: AddressType,
+    /// One for each node.
+    pub kubelet_ports: PortRange,
+    pub kubelet_serving_certificate: Serving,
     /// A `tracing` filter.
     pub log: String,
 }
@@ -160,6 +171,12 @@ impl Settings {
             cluster_domain: self.cluster_domain.or(other.cluster_domain),
             cluster_dns: self.cluster_dns.or(other.cluster_dns),
             cluster_ranges: self.cluster_ranges.or(other.cluster_ranges),
+            kubelet_address: self.kubelet_address.or(other.kubelet_address),
+            kubelet_address_type: self.kubelet_address_type.or(other.kubelet_address_type),
+            kubelet_ports: self.kubelet_ports.or(other.kubelet_ports),
+            kubelet_serving_certificate: self
+                .kubelet_serving_certificate
+                .or(other.kubelet_serving_certificate),
             log: self.log.or(other.log),
         }
     }
@@ -185,6 +202,10 @@ impl Settings {
                 .unwrap_or_else(|| "cluster.local".into()),
             cluster_dns: self.cluster_dns,
             cluster_ranges: self.cluster_ranges.unwrap_or_default(),
+            kubelet_address: self.kubelet_address,
+            kubelet_address_type: self.kubelet_address_type.unwrap_or_default(),
+            kubelet_ports: self.kubelet_ports.unwrap_or_default(),
+            kubelet_serving_certificate: self.kubelet_serving_certificate.unwrap_or_default(),
             log: self.log.unwrap_or_else(|| "info".into()),
         }
     }
@@ -238,6 +259,16 @@ const KEYS: &[(&str, Setter)] = &[
     ("clusterDns", |s, v| put(&mut s.cluster_dns, v, ip)),
     ("clusterRanges", |s, v| {
         put(&mut s.cluster_ranges, v, ranges)
+    }),
+    ("kubeletAddress", |s, v| put(&mut s.kubelet_address, v, ip)),
+    ("kubeletAddressType", |s, v| {
+        put(&mut s.kubelet_address_type, v, str::parse)
+    }),
+    ("kubeletPorts", |s, v| {
+        put(&mut s.kubelet_ports, v, str::parse)
+    }),
+    ("kubeletServingCertificate", |s, v| {
+        put(&mut s.kubelet_serving_certificate, v, str::parse)
     }),
     ("log", |s, v| put(&mut s.log, v, |t| Ok(t.into()))),
 ];
@@ -366,6 +397,16 @@ mod tests {
                 "\"maybe\" is none of auto, constrained, direct",
             ),
             ("clusterRanges: 10.0.0.0/33", "is not a range like"),
+            ("kubeletPorts: 20000", "kubeletPorts: a text belongs here"),
+            ("kubeletPorts: 5-4", "\"5-4\" is no range of ports"),
+            (
+                "kubeletAddressType: ExternalIP",
+                "\"ExternalIP\" is none of InternalIP, Hostname",
+            ),
+            (
+                "kubeletServingCertificate: mine",
+                "\"mine\" is none of auto, own, cluster",
+            ),
             ("clusterDns: ten", "\"ten\" is not an IP address"),
             ("[1]", "configuration file c.yaml: "),
             ("a: [", "configuration file c.yaml: "),
@@ -389,6 +430,10 @@ reenrolGrace: 2d
 clusterDomain: edge.local
 clusterDns: 10.96.0.10
 clusterRanges: [10.96.0.0/12, fd00::/64]
+kubeletAddress: 10.244.0.9
+kubeletAddressType: Hostname
+kubeletPorts: 21000-21999
+kubeletServingCertificate: cluster
 log: debug
 ";
         let config = Settings::parse(text, Path::new("c")).unwrap().complete();
@@ -404,6 +449,10 @@ log: debug
         assert_eq!(config.cluster_domain, "edge.local");
         assert_eq!(config.cluster_dns.unwrap().to_string(), "10.96.0.10");
         assert_eq!(config.cluster_ranges, ["10.96.0.0/12", "fd00::/64"]);
+        assert_eq!(config.kubelet_address.unwrap().to_string(), "10.244.0.9");
+        assert_eq!(config.kubelet_address_type, AddressType::Hostname);
+        assert_eq!(config.kubelet_ports.to_string(), "21000-21999");
+        assert_eq!(config.kubelet_serving_certificate, Serving::Cluster);
         assert_eq!(config.log, "debug");
         assert_eq!(config.kubeconfig.unwrap(), PathBuf::from("/etc/k"));
     }
@@ -428,7 +477,7 @@ log: debug
 
     #[test]
     fn every_key_can_be_set_and_every_flag_has_its_key() {
-        assert_eq!(KEYS.len(), 13);
+        assert_eq!(KEYS.len(), 17);
         for (key, _) in KEYS {
             let shouted = format!("{}: x", key.to_uppercase());
             let meant = format!("did you mean {key:?}?");

@@ -90,6 +90,8 @@ pub enum KubeError {
         #[source]
         source: Fault,
     },
+    #[error("{what}: the API server did not answer within {} s", .after.as_secs())]
+    Silent { what: String, after: Duration },
     #[error("{what} holds something else than CloudCore wrote there: {why}")]
     Malformed { what: String, why: String },
     #[error(

@@ -10,6 +10,7 @@ pub mod enroll;
 pub mod hub;
 pub mod kube;
 pub mod nodes;
+pub mod stream;
 pub mod upstream;
 pub mod views;
 

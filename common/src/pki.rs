@@ -22,12 +22,14 @@ pub mod ca;
 pub mod csr;
 pub mod identity;
 pub mod rotation;
+pub mod serving;
 pub mod token;
 
 pub use ca::{Ca, CaPem, ServerCredentials};
 pub use csr::{NodeKey, VerifiedCsr};
 pub use identity::{NodeIdentity, check_reenrolment};
 pub use rotation::rotation_due;
+pub use serving::{ServingKey, Subject};
 pub use token::{JoinToken, TokenError};
 
 /// A device's clock and CloudCore's may differ by this much before a fresh certificate is "not

@@ -21,6 +21,7 @@ const CRDS: &str = include_str!("../../../deploy/charts/cloudcore/files/enrolmen
 const RBAC: &str = include_str!("../../../deploy/charts/cloudcore/files/rbac.yaml");
 const CONSTRAINED: &str =
     include_str!("../../../deploy/charts/cloudcore/files/rbac-constrained.yaml");
+const SERVING: &str = include_str!("../../../deploy/charts/cloudcore/files/rbac-serving.yaml");
 const DIRECT: &str = include_str!("../../../deploy/charts/cloudcore/files/rbac-direct.yaml");
 
 /// A server takes about a second to serve a new definition.
@@ -36,7 +37,7 @@ pub async fn install(
     say: &mut (dyn FnMut(Line) + Send),
 ) -> Result<Mode, KubeError> {
     let client = access.user()?;
-    for text in [NAMESPACE_YAML, ACCOUNT, CRDS, RBAC, CONSTRAINED] {
+    for text in [NAMESPACE_YAML, ACCOUNT, CRDS, RBAC, CONSTRAINED, SERVING] {
         for object in documents(text)? {
             say(apply(&client, object).await?);
         }
@@ -175,8 +176,18 @@ fn is_established(definition: &Value) -> bool {
 mod tests {
     use super::*;
 
+    const TEXTS: [&str; 7] = [
+        NAMESPACE_YAML,
+        ACCOUNT,
+        CRDS,
+        RBAC,
+        CONSTRAINED,
+        SERVING,
+        DIRECT,
+    ];
+
     fn all() -> Vec<Value> {
-        [NAMESPACE_YAML, ACCOUNT, CRDS, RBAC, CONSTRAINED, DIRECT]
+        TEXTS
             .iter()
             .flat_map(|text| documents(text).unwrap())
             .collect()
@@ -202,7 +213,7 @@ mod tests {
     #[test]
     fn every_object_has_a_place_and_says_whose_it_is() {
         let objects = all();
-        assert_eq!(objects.len(), 13);
+        assert_eq!(objects.len(), 16);
         for object in &objects {
             assert!(!field(object, "/apiVersion").is_empty(), "{object}");
             assert!(!field(object, "/metadata/name").is_empty(), "{object}");
@@ -219,6 +230,7 @@ mod tests {
             "enrolments.crd.yaml",
             "rbac.yaml",
             "rbac-constrained.yaml",
+            "rbac-serving.yaml",
             "rbac-direct.yaml",
         ] {
             assert!(
@@ -227,7 +239,7 @@ mod tests {
             );
         }
         // `install` uses the files as they are: what is a template to Helm would be noise to it.
-        for text in [NAMESPACE_YAML, ACCOUNT, CRDS, RBAC, CONSTRAINED, DIRECT] {
+        for text in TEXTS {
             assert!(!text.contains("{{"));
         }
     }
@@ -244,6 +256,20 @@ mod tests {
                 !verbs(&rule).iter().any(|v| v.contains("impersonate")),
                 "{rule}"
             );
+        }
+    }
+
+    #[test]
+    fn certificates_are_approved_for_one_signer_only() {
+        for object in all() {
+            for rule in object["rules"].as_array().into_iter().flatten() {
+                if verbs(rule).contains(&"approve") {
+                    assert_eq!(
+                        rule["resourceNames"],
+                        serde_json::json!(["kubernetes.io/kubelet-serving"])
+                    );
+                }
+            }
         }
     }
 

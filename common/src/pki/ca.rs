@@ -3,6 +3,7 @@
 //! Owns what every issued certificate says. A request gives nothing but its public key.
 
 use std::fmt;
+use std::net::IpAddr;
 
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
@@ -154,22 +155,44 @@ impl Ca {
         validity: Validity,
         cross: &[CertificateDer<'static>],
     ) -> Result<ServerCredentials, PkiError> {
-        let key = KeyPair::generate().map_err(sign("make the server's key"))?;
         let name = cluster.server_name();
+        let alternative =
+            SanType::DnsName(name.as_str().try_into().map_err(sign("name the server"))?);
+        let mut credentials = self.server(&name, alternative, validity)?;
+        // The root stays last: devices that know it stop there, others go on to an older one.
+        let root = credentials.chain.len() - 1;
+        credentials.chain.splice(root..root, cross.iter().cloned());
+        Ok(credentials)
+    }
+
+    /// A key and certificate for the kubelet endpoint at this address.
+    pub fn issue_endpoint(
+        &self,
+        cluster: &ClusterId,
+        address: IpAddr,
+        validity: Validity,
+    ) -> Result<ServerCredentials, PkiError> {
+        let name = cluster.server_name();
+        self.server(&name, SanType::IpAddress(address), validity)
+    }
+
+    /// The leaf and the root.
+    fn server(
+        &self,
+        common_name: &str,
+        alternative: SanType,
+        validity: Validity,
+    ) -> Result<ServerCredentials, PkiError> {
+        let key = KeyPair::generate().map_err(sign("make the server's key"))?;
         let mut params = params(validity)?;
         params
             .distinguished_name
-            .push(DnType::CommonName, name.as_str());
-        params.subject_alt_names = vec![SanType::DnsName(
-            name.try_into().map_err(sign("name the server"))?,
-        )];
+            .push(DnType::CommonName, common_name);
+        params.subject_alt_names = vec![alternative];
         leaf_usages(&mut params, ExtendedKeyUsagePurpose::ServerAuth);
         let leaf = self.sign(&params, &key, "sign the server's certificate")?;
-        let mut chain = vec![leaf];
-        chain.extend_from_slice(cross);
-        chain.push(self.certificate.clone());
         Ok(ServerCredentials {
-            chain,
+            chain: vec![leaf, self.certificate.clone()],
             key: PrivatePkcs8KeyDer::from(key.serialize_der()).into(),
         })
     }

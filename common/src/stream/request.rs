@@ -134,6 +134,23 @@ impl Target {
         }
     }
 
+    /// Which container of the Pod, where one is meant.
+    pub fn container(&self) -> Option<&str> {
+        match self {
+            Target::Exec { container, .. }
+            | Target::Attach { container, .. }
+            | Target::Run { container, .. }
+            | Target::Logs { container, .. } => Some(container),
+            Target::PortForward { .. }
+            | Target::Pods
+            | Target::RunningPods
+            | Target::StatsSummary
+            | Target::Metrics(_)
+            | Target::Healthz
+            | Target::Configz => None,
+        }
+    }
+
     /// It can change what runs on the node, whatever its method says: a WebSocket client opens an
     /// exec with GET.
     pub fn acts(&self) -> bool {
