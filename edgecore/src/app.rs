@@ -193,6 +193,7 @@ async fn assemble(
                 pod_logs: config.pod_logs_dir.clone(),
                 ..Paths::default()
             },
+            logs: config.log_rotation,
             ..manager::Config::default()
         },
         manager::Deps {

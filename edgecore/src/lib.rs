@@ -11,3 +11,4 @@ pub mod join;
 pub mod node;
 pub mod pods;
 pub mod store;
+pub mod stream;
