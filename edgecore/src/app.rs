@@ -47,6 +47,7 @@ use crate::store::events::Events;
 use crate::store::reports::Reports;
 use crate::store::{Store, StoreError};
 use crate::stream::leftover::Leftovers;
+use crate::stream::stats::{self, Gatherer};
 use crate::stream::tunnels::Tunnels;
 use crate::stream::{self, NodeApi};
 
@@ -199,12 +200,14 @@ async fn assemble(
     };
     let volumes = Arc::new(Volumes::new(volumes, desired.clone(), tokens));
     let runtime: Runtime = Arc::new(cri::client::Client::build(&config.cri)?);
+    let paths = Paths {
+        pod_logs: config.pod_logs_dir.clone(),
+        ..Paths::default()
+    };
     let (pods, pods_task) = PodManager::build(
         manager::Config {
-            paths: Paths {
-                pod_logs: config.pod_logs_dir.clone(),
-                ..Paths::default()
-            },
+            paths: paths.clone(),
+            logs: config.log_rotation,
             ..manager::Config::default()
         },
         manager::Deps {
@@ -219,7 +222,16 @@ async fn assemble(
         },
     );
     let (leftovers, leftover_task) = Leftovers::build();
+    let stats = Gatherer::new(stats::Deps {
+        cri: runtime.clone(),
+        cgroups: pods.cgroups(),
+        desired: desired.clone(),
+        paths: paths.clone(),
+        data_dir: config.data_dir.clone(),
+        node: identity.node.to_string(),
+    });
     let api = NodeApi::build(stream::Deps {
+        stats,
         cri: runtime.clone(),
         desired: desired.clone(),
         reports: reports.clone(),

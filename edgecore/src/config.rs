@@ -4,10 +4,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use common::hub::dial::Preference;
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use serde::Deserialize;
 
 use crate::cli::RunArgs;
 use crate::pods::network::{NetworkError, Range};
+use crate::pods::quantity::units;
+use crate::pods::rotate;
 
 /// The file's keys, one for each flag and a few that have none.
 #[derive(Debug, Default, Deserialize)]
@@ -34,6 +37,10 @@ pub struct File {
     pub dead_after_seconds: Option<u64>,
     /// Where the runtime writes container logs.
     pub pod_logs_dir: Option<PathBuf>,
+    /// A container's log is rotated when it is larger, such as `10Mi`.
+    pub container_log_max_size: Option<String>,
+    /// Files that are kept of a container's log, with the one that is written to.
+    pub container_log_max_files: Option<usize>,
 }
 
 /// Everything decided.
@@ -55,6 +62,7 @@ pub struct Config {
     pub bridge: String,
     pub dead_after: Duration,
     pub pod_logs_dir: PathBuf,
+    pub log_rotation: rotate::Config,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +79,10 @@ pub enum ConfigError {
         "bridge {0:?} cannot be the name of an interface: 1 to 15 letters, digits, '-', '_' or '.'"
     )]
     Bridge(String),
+    #[error("containerLogMaxSize {0:?} is not a size of at least 64Ki, such as 10Mi")]
+    LogSize(String),
+    #[error("containerLogMaxFiles is {0}; it must be between 2 and 100")]
+    LogFiles(usize),
     #[error("deadAfterSeconds is {0}; it must be between 5 and 3600")]
     DeadAfter(u64),
 }
@@ -107,6 +119,8 @@ impl Config {
         if !is_interface(&bridge) {
             return Err(ConfigError::Bridge(bridge));
         }
+        let log_rotation =
+            log_rotation(file.container_log_max_size, file.container_log_max_files)?;
         Ok(Self {
             join: args.join.or(file.join),
             token: args.token.or(file.token),
@@ -127,9 +141,32 @@ impl Config {
             bridge,
             dead_after: Duration::from_secs(dead_after),
             pod_logs_dir: file.pod_logs_dir.unwrap_or_else(|| "/var/log/pods".into()),
+            log_rotation,
             data_dir,
         })
     }
+}
+
+/// A smaller log would be rotated for ever.
+const LEAST_LOG: i64 = 64 << 10;
+
+fn log_rotation(
+    size: Option<String>,
+    files: Option<usize>,
+) -> Result<rotate::Config, ConfigError> {
+    let mut config = rotate::Config::default();
+    if let Some(text) = size {
+        let bytes = units(&Quantity(text.clone())).filter(|bytes| *bytes >= LEAST_LOG);
+        let bytes = bytes.and_then(|bytes| u64::try_from(bytes).ok());
+        config.most_bytes = bytes.ok_or(ConfigError::LogSize(text))?;
+    }
+    if let Some(files) = files {
+        config.most_files = files;
+    }
+    if !(2..=100).contains(&config.most_files) {
+        return Err(ConfigError::LogFiles(config.most_files));
+    }
+    Ok(config)
 }
 
 fn is_interface(name: &str) -> bool {
@@ -202,6 +239,9 @@ mod tests {
             ("bridge: a-name-that-is-too-long", "1 to 15"),
             ("bridge: ../x", "1 to 15"),
             ("deadAfterSeconds: 1", "between 5 and 3600"),
+            ("containerLogMaxSize: ten", "such as 10Mi"),
+            ("containerLogMaxSize: 1Ki", "at least 64Ki"),
+            ("containerLogMaxFiles: 1", "between 2 and 100"),
         ] {
             let said = bad(file(text));
             assert!(said.contains(complaint), "{text}: {said}");
@@ -210,6 +250,12 @@ mod tests {
             Config::resolve(file("bridge: edge1")).unwrap().bridge,
             "edge1"
         );
+        let logs = file("containerLogMaxSize: 1.5Mi\ncontainerLogMaxFiles: 3");
+        let want = rotate::Config {
+            most_bytes: 3 << 19,
+            most_files: 3,
+        };
+        assert_eq!(Config::resolve(logs).unwrap().log_rotation, want);
         let transport = RunArgs {
             transport: Some("pigeon".into()),
             ..Default::default()

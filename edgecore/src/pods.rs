@@ -17,6 +17,7 @@ pub mod observe;
 pub mod plan;
 pub mod quantity;
 pub mod restart;
+pub mod rotate;
 pub mod security;
 pub mod seen;
 pub(crate) mod sources;

@@ -16,8 +16,11 @@ pub mod containers;
 pub mod documents;
 pub mod exec;
 pub mod leftover;
+pub mod logs;
+pub mod metrics;
 pub mod runtime;
 pub mod serve;
+pub mod stats;
 pub mod tunnels;
 
 use std::io;
@@ -25,13 +28,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use common::stream::request::{BadParameter, LogOptions, PodName, Target};
+use common::stream::request::{BadParameter, LogOptions, Metrics, PodName, Target, pairs};
+use futures::TryStreamExt as _;
 use futures::future::BoxFuture;
 use http::header::{ALLOW, CONTENT_TYPE, HeaderValue};
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::combinators::UnsyncBoxBody;
-use http_body_util::{BodyExt as _, Full};
-use hyper::body::Incoming;
+use http_body_util::{BodyExt as _, Full, StreamBody};
+use hyper::body::{Frame, Incoming};
+use jiff::Timestamp;
 use tokio::sync::watch;
 use tracing::debug;
 
@@ -66,6 +71,7 @@ pub struct Deps {
     pub runtime: watch::Receiver<RuntimeState>,
     pub environment: watch::Receiver<Option<Environment>>,
     pub leftovers: leftover::Leftovers,
+    pub stats: stats::Gatherer,
     pub settings: Settings,
 }
 
@@ -119,8 +125,8 @@ pub enum Refusal {
     Runtime(#[from] CriError),
     #[error(transparent)]
     Streaming(#[from] runtime::StreamingError),
-    #[error("{0} is not served by this version of edgecore")]
-    NotServed(&'static str),
+    #[error(transparent)]
+    Since(#[from] logs::BadSince),
     #[error("the Pod manager of this node has ended")]
     Unwell,
 }
@@ -134,9 +140,10 @@ impl Refusal {
             | Refusal::NotRunning(_)
             | Refusal::NoSandbox(_) => StatusCode::NOT_FOUND,
             Refusal::Method(..) => StatusCode::METHOD_NOT_ALLOWED,
-            Refusal::Parameter(_) | Refusal::UpgradeRequired | Refusal::NoLog(_) => {
-                StatusCode::BAD_REQUEST
-            }
+            Refusal::Parameter(_)
+            | Refusal::Since(_)
+            | Refusal::UpgradeRequired
+            | Refusal::NoLog(_) => StatusCode::BAD_REQUEST,
             Refusal::Runtime(error) => match error.failure {
                 Failure::NotFound => StatusCode::NOT_FOUND,
                 Failure::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
@@ -145,7 +152,6 @@ impl Refusal {
                 Failure::Refused => StatusCode::INTERNAL_SERVER_ERROR,
             },
             Refusal::Streaming(_) => StatusCode::BAD_GATEWAY,
-            Refusal::NotServed(_) => StatusCode::NOT_IMPLEMENTED,
             Refusal::Exited { .. } | Refusal::Unwell => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -163,6 +169,8 @@ impl Refusal {
 }
 
 pub(crate) const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
+/// The text format of Prometheus.
+const PROMETHEUS: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
 pub(crate) const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
 /// A whole answer.
@@ -209,8 +217,11 @@ impl NodeApi {
             Target::RunningPods => document(JSON, documents::running_pods(&self.deps).await?),
             Target::Configz => document(JSON, documents::configz(&self.deps)),
             Target::Healthz => document(TEXT, documents::healthz(&self.deps)?),
-            Target::StatsSummary => return Err(Refusal::NotServed("/stats/summary")),
-            Target::Metrics(_) => return Err(Refusal::NotServed("/metrics")),
+            Target::StatsSummary => {
+                let terse = only_cpu_and_memory(request.uri().query());
+                document(JSON, self.deps.stats.summary(terse).await.to_string())
+            }
+            Target::Metrics(kind) => document(PROMETHEUS, self.metrics(*kind).await),
         };
         Ok(response.into())
     }
@@ -222,10 +233,35 @@ impl NodeApi {
         container: &str,
         options: LogOptions,
     ) -> Result<Response<Body>, Refusal> {
-        let log = containers::log(&self.deps, pod, container, options.previous).await?;
-        debug!(directory = %log.directory.display(), attempt = log.attempt, "a log is asked for");
-        Err(Refusal::NotServed("reading logs"))
+        let (log, id) = containers::log(&self.deps, pod, container, options.previous).await?;
+        let part = logs::Part::new(&options, Timestamp::now())?;
+        let ended = logs::container_ended(self.deps.cri.clone(), id);
+        let unreadable = |error: io::Error| {
+            let path = log.path();
+            Refusal::NoLog(format!("{} cannot be read: {error}", path.display()))
+        };
+        let lines = logs::read(&log, part, ended).await.map_err(unreadable)?;
+        let body = StreamBody::new(lines.map_ok(Frame::data)).boxed_unsync();
+        let mut response = Response::new(body);
+        response.headers_mut().insert(CONTENT_TYPE, TEXT);
+        Ok(response)
     }
+
+    async fn metrics(&self, kind: Metrics) -> String {
+        match kind {
+            Metrics::Agent => self.deps.stats.agent().await,
+            Metrics::Cadvisor => self.deps.stats.cadvisor().await,
+            Metrics::Resource => self.deps.stats.resource().await,
+            // There are no probes in this version, so there is nothing to count.
+            Metrics::Probes => String::new(),
+        }
+    }
+}
+
+/// The kubelet's parameter of `/stats/summary`.
+fn only_cpu_and_memory(query: Option<&str>) -> bool {
+    let mut asked = pairs(query.unwrap_or_default());
+    asked.any(|(name, value)| name == "only_cpu_and_memory" && value == "true")
 }
 
 /// The methods that the kubelet registers for a path.

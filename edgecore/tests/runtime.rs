@@ -7,6 +7,11 @@ mod rig;
 
 use std::time::Duration;
 
+use common::stream::request::LogOptions;
+use edgecore::pods::jobs::Paths;
+use edgecore::stream::logs::{self, Part};
+use edgecore::stream::stats::{self, Gatherer};
+use futures::StreamExt as _;
 use rig::{Agent, Containerd, Kept, phase, pod};
 use serde_json::json;
 
@@ -201,6 +206,73 @@ async fn init_containers_environment_files_and_last_words_are_real() {
         }
         assert!(began.elapsed() < Duration::from_secs(10), "{answer:?}");
     }
+    kept.remove(&key);
+    kept.until_empty().await;
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn a_log_is_followed_across_a_rotation_and_the_container_is_measured() {
+    const LINES: usize = 1300;
+    rig::log();
+    let containerd = Containerd::start();
+    let kept = Kept::new();
+    let agent = Agent::start(containerd.client(), &containerd.dir, &kept);
+    let mut spec = pod(
+        "talker",
+        "44444444-aaaa",
+        &format!("n=0; while test $n -lt {LINES}; do n=$((n+1)); echo line $n; sleep 0.01; done"),
+    );
+    spec["spec"]["restartPolicy"] = json!("Never");
+    let key = kept.put(&spec);
+    let (report, _) = kept.until("running", &key, |r| phase(r) == "Running").await;
+
+    let spec = serde_json::from_value(spec).unwrap();
+    let status = serde_json::from_value(report.status).unwrap();
+    let id = logs::instance(&spec, &status, "main", false).unwrap();
+    let paths = Paths {
+        pod_logs: containerd.dir.join("log/pods"),
+        ..Paths::default()
+    };
+    let cri = containerd.client();
+    let log = logs::locate(&*cri, &paths, &id).await.unwrap();
+    let options = LogOptions {
+        follow: true,
+        ..LogOptions::default()
+    };
+    let part = Part::new(&options, jiff::Timestamp::now()).unwrap();
+    let ended = logs::container_ended(cri.clone(), id.clone());
+    let stream = logs::read(&log, part, ended).await.unwrap();
+    let following = stream.map(Result::unwrap).collect::<Vec<_>>();
+
+    let gatherer = Gatherer::new(stats::Deps {
+        cri: cri.clone(),
+        cgroups: agent.handle.cgroups(),
+        desired: kept.desired.clone(),
+        paths,
+        data_dir: containerd.dir.clone(),
+        node: "edge-1".into(),
+    });
+    let measuring = async { (gatherer.resource().await, gatherer.summary(false).await) };
+    let followed = async { tokio::join!(following, measuring) };
+    let (chunks, (resource, summary)) = tokio::time::timeout(Duration::from_secs(120), followed)
+        .await
+        .expect("the log ends with its container");
+    let text = String::from_utf8(chunks.concat()).unwrap();
+    let want: String = (1..=LINES).map(|n| format!("line {n}\n")).collect();
+    assert!(text == want, "{} of {} bytes", text.len(), want.len());
+    let files = std::fs::read_dir(&log.dir).unwrap().count();
+    assert!(files > 1, "the log was rotated meanwhile");
+
+    let series = r#"container_cpu_usage_seconds_total{container="main",namespace="default",pod="talker"} "#;
+    assert!(resource.contains(series), "{resource}");
+    assert!(resource.contains("\npod_memory_working_set_bytes{") && resource.contains("\nscrape_error 0\n"));
+    let measured = &summary["pods"][0];
+    assert_eq!(measured["podRef"]["uid"], "44444444-aaaa");
+    assert!(measured["memory"]["workingSetBytes"].as_u64().unwrap() > 0, "{summary:#}");
+    assert_eq!(measured["network"]["name"], "eth0", "{summary:#}");
+    assert!(summary["node"]["runtime"]["imageFs"]["usedBytes"].as_u64().unwrap() > 0);
+
     kept.remove(&key);
     kept.until_empty().await;
     agent.stop().await;

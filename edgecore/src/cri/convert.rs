@@ -437,7 +437,7 @@ pub fn add_sandbox_status(seen: &mut SandboxSeen, status: &api::PodSandboxStatus
         .collect();
 }
 
-fn run(state: i32) -> Run {
+pub(crate) fn run(state: i32) -> Run {
     match api::ContainerState::try_from(state) {
         Ok(api::ContainerState::ContainerCreated) => Run::Created,
         Ok(api::ContainerState::ContainerRunning) => Run::Running,

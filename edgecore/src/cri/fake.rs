@@ -34,6 +34,13 @@ impl Default for Program {
     }
 }
 
+/// What containers of one name have used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Usage {
+    pub cpu_nanos: u64,
+    pub working_set_bytes: u64,
+}
+
 #[derive(Debug, Clone)]
 struct Sandbox {
     config: api::PodSandboxConfig,
@@ -62,6 +69,7 @@ struct State {
     programs: BTreeMap<String, Program>,
     faults: Vec<(&'static str, CriError)>,
     delays: BTreeMap<&'static str, Duration>,
+    usage: BTreeMap<String, Usage>,
     calls: Vec<String>,
     events: Option<broadcast::Sender<String>>,
     looks: usize,
@@ -115,6 +123,11 @@ impl Fake {
     /// What containers of this name do when they are started next.
     pub fn program(&self, container: &str, program: Program) {
         self.state().programs.insert(container.to_owned(), program);
+    }
+
+    /// What containers of this name have used by now.
+    pub fn uses(&self, container: &str, usage: Usage) {
+        self.state().usage.insert(container.to_owned(), usage);
     }
 
     /// Makes the next call of this name fail.
@@ -317,6 +330,28 @@ impl Container {
             let late = began.elapsed() - after;
             let ended = stamp - i64::try_from(late.as_nanos()).unwrap_or(0);
             self.end(ended, code);
+        }
+    }
+
+    fn stats(&self, id: &str, timestamp: i64, usage: Option<&Usage>) -> api::ContainerStats {
+        let value = |value| Some(api::UInt64Value { value });
+        api::ContainerStats {
+            attributes: Some(api::ContainerAttributes {
+                id: id.to_owned(),
+                metadata: self.config.metadata.clone(),
+                labels: self.config.labels.clone(),
+            }),
+            cpu: usage.map(|usage| api::CpuUsage {
+                timestamp,
+                usage_core_nano_seconds: value(usage.cpu_nanos),
+                usage_nano_cores: None,
+            }),
+            memory: usage.map(|usage| api::MemoryUsage {
+                timestamp,
+                working_set_bytes: value(usage.working_set_bytes),
+                ..Default::default()
+            }),
+            writable_layer: None,
         }
     }
 
@@ -612,8 +647,13 @@ impl Cri for Fake {
         unimplemented("UpdateContainerResources")
     }
 
-    fn reopen_log<'a>(&'a self, _: &'a str) -> CriFuture<'a, ()> {
-        unimplemented("ReopenContainerLog")
+    fn reopen_log<'a>(&'a self, id: &'a str) -> CriFuture<'a, ()> {
+        Box::pin(async move {
+            self.enter("ReopenContainerLog").await?;
+            let label = self.container("ReopenContainerLog", id)?.label();
+            self.record("ReopenContainerLog", &label);
+            Ok(())
+        })
     }
 
     fn container_events(&self) -> CriFuture<'_, BoxStream<'static, Result<Changed, CriError>>> {
@@ -714,7 +754,15 @@ impl Cri for Fake {
     }
 
     fn list_container_stats(&self) -> CriFuture<'_, Vec<api::ContainerStats>> {
-        unimplemented("ListContainerStats")
+        Box::pin(async {
+            self.enter("ListContainerStats").await?;
+            let stamp = self.stamp();
+            let state = self.state();
+            let running = state.containers.iter().filter(|(_, c)| c.is_running());
+            Ok(running
+                .map(|(id, c)| c.stats(id, stamp, state.usage.get(c.name())))
+                .collect())
+        })
     }
 
     fn list_sandbox_stats(&self) -> CriFuture<'_, Vec<api::PodSandboxStats>> {

@@ -10,6 +10,7 @@
 //! ```
 
 mod resources;
+mod usage;
 
 use std::fs;
 use std::io;
@@ -19,6 +20,7 @@ use k8s_openapi::api::core::v1::Pod;
 
 use resources::{CPU_PERIOD, MAX_SHARES, MIN_SHARES, PodLimits, pod_limits, shares, weight};
 pub use resources::{LinuxResources, Qos, linux_resources, qos, requested};
+pub use usage::{Usage, field};
 
 /// Who makes cgroups: the runtime and the agent must agree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

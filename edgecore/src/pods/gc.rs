@@ -13,6 +13,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use super::cgroups::Qos;
+use super::jobs::remove_log_of;
 use super::manager::recorded;
 use super::worker::Shared;
 use crate::cri::convert;
@@ -127,11 +128,19 @@ async fn remove(shared: &Shared, uid: &str, found: &Found) {
             let _ = cgroups.remove(uid, qos);
         }
     }
-    let (logs, ledger) = (shared.paths.pod_logs.clone(), shared.ledger.clone());
+    let (paths, ledger) = (shared.paths.clone(), shared.ledger.clone());
     let uid = uid.to_owned();
+    let containers: Vec<_> = found.containers.iter().map(|(id, _)| id.clone()).collect();
     let done = tokio::task::spawn_blocking(move || {
+        for id in containers {
+            remove_log_of(&paths.container_logs, &id);
+        }
         let end = format!("_{uid}");
-        for entry in std::fs::read_dir(logs).into_iter().flatten().flatten() {
+        for entry in std::fs::read_dir(&paths.pod_logs)
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
             if entry.file_name().to_string_lossy().ends_with(&end) {
                 let _ = std::fs::remove_dir_all(entry.path());
             }

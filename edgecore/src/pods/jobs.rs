@@ -4,7 +4,7 @@
 //! with the worker that began it, so that a worker can drop it at any await.
 
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,7 +19,7 @@ use super::images::{self, Resolved};
 use super::ledger::{Ledger, NoGrant};
 use super::plan::{self, Step, Waiting};
 use super::volumes::{MountError, Volumes};
-use super::{dns, hosts, lifecycle, security};
+use super::{dns, hosts, lifecycle, rotate, security};
 use crate::cri::{CriError, Runtime, api, convert};
 use crate::node::environment::Environment;
 use crate::store::desired::Desired;
@@ -165,8 +165,12 @@ impl Job {
             Step::PostStart { container, id } => self.post_start(&container, &id).await,
             Step::Stop { container, id, .. } => self.stop(&container, &id).await,
             Step::RemoveContainer { id } => {
-                self.unlink(&id);
-                self.checked(self.cri.remove_container(&id).await)
+                let removed = self.cri.remove_container(&id).await;
+                if removed.is_ok() {
+                    let links = self.paths.container_logs.clone();
+                    beside(move || remove_log_of(&links, &id)).await;
+                }
+                self.checked(removed)
             }
             Step::StopSandbox { id } => self.checked(self.cri.stop_sandbox(&id).await),
             Step::RemoveSandbox { id } => self.checked(self.cri.remove_sandbox(&id).await),
@@ -539,16 +543,20 @@ impl Job {
             Ok(()) | Err(_) => Outcome::Done,
         }
     }
+}
 
-    /// Removes the log link of a container, found by its ID.
-    fn unlink(&self, id: &str) {
-        let end = format!("-{id}.log");
-        let entries = std::fs::read_dir(&self.paths.container_logs);
-        for entry in entries.into_iter().flatten().flatten() {
-            if entry.file_name().to_string_lossy().ends_with(&end) {
-                let _ = std::fs::remove_file(entry.path());
-            }
+/// Removes the log link of a container that is gone, found by its ID, and the logs behind it unless
+/// they are the last of their name.
+pub(super) fn remove_log_of(links: &Path, id: &str) {
+    let end = format!("-{id}.log");
+    for entry in std::fs::read_dir(links).into_iter().flatten().flatten() {
+        if !entry.file_name().to_string_lossy().ends_with(&end) {
+            continue;
         }
+        if let Ok(log) = std::fs::read_link(entry.path()) {
+            rotate::remove_instance(&log);
+        }
+        let _ = std::fs::remove_file(entry.path());
     }
 }
 

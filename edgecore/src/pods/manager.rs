@@ -19,6 +19,7 @@ use super::jobs::Paths;
 use super::ledger::{Ledger, LedgerStore};
 use super::observe::{Wakers, Watcher};
 use super::plan::Now;
+use super::rotate;
 use super::volumes::Volumes;
 use super::worker::{Clock, Shared, Worker};
 use crate::cri::{CriError, Failure, Runtime, api};
@@ -41,6 +42,7 @@ pub struct Config {
     /// The kubelet's `maxPods`.
     pub most_pods: usize,
     pub paths: Paths,
+    pub logs: rotate::Config,
     /// Instead of asking the runtime; for runtimes that do not say, and for tests.
     pub cgroups: Option<Cgroups>,
 }
@@ -50,6 +52,7 @@ impl Default for Config {
         Self {
             most_pods: 110,
             paths: Paths::default(),
+            logs: rotate::Config::default(),
             cgroups: None,
         }
     }
@@ -92,6 +95,11 @@ impl Handle {
     pub fn cri(&self) -> &Runtime {
         &self.shared.cri
     }
+
+    /// The cgroups above Pods, once the runtime has said who makes them.
+    pub fn cgroups(&self) -> Arc<OnceLock<Arc<Cgroups>>> {
+        self.shared.cgroups.clone()
+    }
 }
 
 /// The Pod manager itself.
@@ -120,7 +128,7 @@ impl PodManager {
             reports: deps.reports,
             events: deps.events,
             volumes: deps.volumes,
-            cgroups: OnceLock::new(),
+            cgroups: Arc::new(OnceLock::new()),
             environment: deps.environment,
             runtime: runtime.clone(),
             ledger: Arc::new(Ledger::open(deps.ledger)),
@@ -173,6 +181,8 @@ impl Task {
         };
         helpers.spawn(health.run(stop.clone()));
         helpers.spawn(gc::run(self.shared.clone(), stop.clone()));
+        let logs = rotate::run(self.shared.clone(), self.config.logs, stop.clone());
+        helpers.spawn(logs);
 
         let mut changes = self.shared.desired.changes();
         let mut runtime = self.runtime.subscribe();

@@ -50,7 +50,7 @@ pub struct Shared {
     pub events: Events,
     pub volumes: Arc<Volumes>,
     /// Set once the runtime has said which driver it uses.
-    pub cgroups: OnceLock<Arc<Cgroups>>,
+    pub cgroups: Arc<OnceLock<Arc<Cgroups>>>,
     pub environment: watch::Receiver<Option<Environment>>,
     pub runtime: watch::Receiver<RuntimeState>,
     pub ledger: Arc<Ledger>,

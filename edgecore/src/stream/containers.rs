@@ -4,16 +4,14 @@
 //! runtime's labels; a log by what was last reported of the Pod, so that it can be read while the
 //! runtime is down.
 
-use std::path::PathBuf;
-
 use common::ids::Kind;
 use common::stream::request::PodName;
 use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Pod, PodStatus};
 
+use super::logs::Log;
 use super::{Deps, Refusal};
 use crate::cri::{api, convert};
 use crate::store::desired::DesiredPod;
-use crate::store::reports::Reports;
 
 /// The Pod that is meant: of two under one name the one that stays.
 pub(super) fn desired(deps: &Deps, name: &PodName) -> Result<DesiredPod, Refusal> {
@@ -58,42 +56,14 @@ pub(super) async fn sandbox(deps: &Deps, pod: &PodName) -> Result<String, Refusa
         .ok_or_else(|| Refusal::NoSandbox(pod.name.clone()))
 }
 
-/// Where a container's log is: `DIRECTORY/ATTEMPT.log`, and its rotated files beside it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LogPlace {
-    /// The container's directory in the Pod's log directory.
-    pub directory: PathBuf,
-    /// How often the container was started before the run that is meant.
-    pub attempt: u32,
-    /// The runtime's ID of that run.
-    pub id: String,
-    pod: common::ids::ObjectKey,
-}
-
-impl LogPlace {
-    /// Whether that run may still write; a reader that follows ends when it no longer does and all
-    /// is read.
-    pub fn may_grow(&self, reports: &Reports) -> bool {
-        let Some(report) = reports.pod(&self.pod) else {
-            return false;
-        };
-        let Ok(status) = serde_json::from_value::<PodStatus>(report.status) else {
-            return false;
-        };
-        statuses(&status).any(|s| {
-            let running = s.state.as_ref().is_some_and(|s| s.running.is_some());
-            running && bare_id(s.container_id.as_deref()) == self.id
-        })
-    }
-}
-
-/// The log that is meant, with the kubelet's reasons where there is none.
+/// The log that is meant and the runtime's ID of the run that writes it, with the kubelet's reasons
+/// where there is none.
 pub(super) async fn log(
     deps: &Deps,
     name: &PodName,
     container: &str,
     previous: bool,
-) -> Result<LogPlace, Refusal> {
+) -> Result<(Log, String), Refusal> {
     let desired = desired(deps, name)?;
     let pod: Pod = serde_json::from_slice(&desired.json).map_err(|e| {
         let text = format!(
@@ -120,12 +90,11 @@ pub(super) async fn log(
         .settings
         .pod_logs
         .join(convert::log_directory_name(&pod));
-    Ok(LogPlace {
-        directory: of_pod.join(container),
+    let log = Log {
+        dir: of_pod.join(container),
         attempt: attempt.unwrap_or(run.attempt),
-        id: run.id,
-        pod: desired.key,
-    })
+    };
+    Ok((log, run.id))
 }
 
 fn attempt_of(container: &api::Container) -> u32 {

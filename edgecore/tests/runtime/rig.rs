@@ -16,6 +16,7 @@ use edgecore::pods::cgroups::{Cgroups, Qos};
 use edgecore::pods::jobs::Paths;
 use edgecore::pods::ledger::InMemory;
 use edgecore::pods::manager::{Config, Deps, Handle, PodManager};
+use edgecore::pods::rotate;
 use edgecore::pods::tokens::{Token, TokenFuture, TokenRequest, TokenSource};
 use edgecore::pods::volumes::{Volumes, VolumesConfig};
 use edgecore::store::desired::{Batch, Desired};
@@ -242,12 +243,13 @@ fn daemon(dir: &Path) -> Child {
 }
 
 /// What the tests call their Pods: a test that failed leaves cgroups under these names.
-pub(crate) const UIDS: [&str; 5] = [
+pub(crate) const UIDS: [&str; 6] = [
     "11111111-aaaa",
     "22222222-aaaa",
     "22222222-bbbb",
     "33333333-aaaa",
     "33333333-bbbb",
+    "44444444-aaaa",
 ];
 
 impl Drop for Containerd {
@@ -420,8 +422,13 @@ impl Agent {
             container_logs: dir.join("log/containers"),
             ..Paths::default()
         };
+        let logs = rotate::Config {
+            most_bytes: 4096,
+            ..rotate::Config::default()
+        };
         let config = Config {
             paths,
+            logs,
             ..Config::default()
         };
         let (handle, task) = PodManager::build(

@@ -15,6 +15,7 @@ use crate::cri::fake::{Fake, Program};
 use crate::pods::cgroups::CgroupDriver;
 use crate::pods::ledger::InMemory;
 use crate::pods::manager::{Config, Deps, Handle, PodManager};
+use crate::pods::rotate;
 use crate::pods::tokens::{Token, TokenFuture, TokenRequest, TokenSource};
 use crate::pods::volumes::VolumesConfig;
 use crate::store::desired::Batch;
@@ -113,6 +114,7 @@ impl Device {
                 container_logs: path("log/containers"),
                 ..Paths::default()
             },
+            logs: rotate::Config::default(),
             cgroups: Some(Cgroups::at(CgroupDriver::Systemd, path("cgroup"))),
         };
         let fake = self.fake.clone();
