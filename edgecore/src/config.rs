@@ -119,8 +119,7 @@ impl Config {
         if !is_interface(&bridge) {
             return Err(ConfigError::Bridge(bridge));
         }
-        let log_rotation =
-            log_rotation(file.container_log_max_size, file.container_log_max_files)?;
+        let log_rotation = log_rotation(file.container_log_max_size, file.container_log_max_files)?;
         Ok(Self {
             join: args.join.or(file.join),
             token: args.token.or(file.token),
@@ -150,10 +149,7 @@ impl Config {
 /// A smaller log would be rotated for ever.
 const LEAST_LOG: i64 = 64 << 10;
 
-fn log_rotation(
-    size: Option<String>,
-    files: Option<usize>,
-) -> Result<rotate::Config, ConfigError> {
+fn log_rotation(size: Option<String>, files: Option<usize>) -> Result<rotate::Config, ConfigError> {
     let mut config = rotate::Config::default();
     if let Some(text) = size {
         let bytes = units(&Quantity(text.clone())).filter(|bytes| *bytes >= LEAST_LOG);

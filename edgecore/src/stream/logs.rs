@@ -13,7 +13,8 @@
 //! ```
 //!
 //! A follower stays on a file that was renamed until the runtime writes to its successor, so no
-//! line is lost to a rotation. Never more than a block of the file is held; a reader that does not
+//! line is lost to a rotation; one so slow that the log is rotated twice meanwhile goes on with the
+//! newest file, as the kubelet's does. Never more than a block of the file is held; a reader that does not
 //! take bytes stops the reading.
 
 use std::fs::File;

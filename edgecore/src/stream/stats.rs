@@ -250,7 +250,8 @@ async fn gather(deps: &Deps) -> Snapshot {
     let (answers, failed) = match (sandboxes, containers, stats) {
         (Ok(sandboxes), Ok(containers), Ok(stats)) => ((sandboxes, containers, stats), false),
         (Err(error), ..) | (_, Err(error), _) | (.., Err(error)) => {
-            tracing::warn!(%error, "Pods cannot be measured: the runtime does not say");
+            // Those who ask are told, and the Pod manager has warned of the runtime.
+            tracing::debug!(%error, "Pods cannot be measured: the runtime does not say");
             (Default::default(), true)
         }
     };

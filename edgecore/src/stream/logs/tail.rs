@@ -181,7 +181,8 @@ mod tests {
         let at = |n: usize| parts[..n].iter().map(String::len).sum::<usize>() as u64;
         // The line "ab", and not the one that ended between its parts.
         assert_eq!(found(&text, tail(1, false), 7), [at(1), at(3)]);
-        assert_eq!(found(&text, tail(2, false), 7), [at(1), at(2)]);
+        // Parts of the line on stderr may be anywhere before it.
+        assert_eq!(found(&text, tail(2, false), 7), [at(1), 0]);
         assert_eq!(found(&text, tail(3, false), 7), [0, 0]);
     }
 
@@ -193,6 +194,7 @@ mod tests {
         assert_eq!(found(&text, tail(0, true), 5), [begun; 2]);
         assert_eq!(found(&text, tail(1, true), 5), [0; 2]);
         assert_eq!(found(&text, tail(1, false), 5), [begun; 2]);
-        assert_eq!(found(&text, tail(0, false), 5), [text.len() as u64; 2]);
+        let end = text.len() as u64;
+        assert_eq!(found(&text, tail(0, false), 5), [end, begun]);
     }
 }
