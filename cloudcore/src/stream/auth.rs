@@ -70,10 +70,10 @@ pub(super) enum Refused {
         verb: &'static str,
         subresource: &'static str,
         #[source]
-        source: crate::kube::KubeError,
+        source: Box<crate::kube::KubeError>,
     },
     #[error("Authentication error: the API server could not be asked")]
-    NotAuthenticated(#[source] crate::kube::KubeError),
+    NotAuthenticated(#[source] Box<crate::kube::KubeError>),
     #[error(
         "Authentication error: the cluster's client CA is not known (ConfigMap kube-system/extension-apiserver-authentication)"
     )]
@@ -175,12 +175,10 @@ impl Auth {
         chain: &[CertificateDer<'static>],
         headers: &HeaderMap,
     ) -> Result<Arc<User>, Refused> {
-        let by_certificate = match chain.split_first() {
-            Some((leaf, intermediates)) => {
-                Some(self.client_ca.user(leaf, intermediates, UnixTime::now()))
-            }
-            None => None,
+        let judged = |(leaf, intermediates): (&CertificateDer<'static>, &[_])| {
+            self.client_ca.user(leaf, intermediates, UnixTime::now())
         };
+        let by_certificate = chain.split_first().map(judged);
         match (by_certificate, bearer(headers)) {
             (Some(Ok(user)), _) => Ok(Arc::new(user)),
             (Some(Err(refused)), None) => Err(refused),

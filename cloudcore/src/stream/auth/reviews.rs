@@ -65,7 +65,9 @@ impl Reviews {
             return known.ok_or_else(bad);
         }
         let reviewed = self.review_token(token).await;
-        let user = reviewed.map_err(Refused::NotAuthenticated)?.map(Arc::new);
+        let user = reviewed
+            .map_err(|e| Refused::NotAuthenticated(Box::new(e)))?
+            .map(Arc::new);
         let for_so_long = if user.is_some() {
             TOKEN_FOR
         } else {
@@ -95,7 +97,7 @@ impl Reviews {
             user: user.name.clone(),
             verb,
             subresource,
-            source,
+            source: Box::new(source),
         })?;
         let for_so_long = if allowed { ALLOWED_FOR } else { DENIED_FOR };
         self.decisions.keep(key, allowed, now, now + for_so_long);
