@@ -75,6 +75,8 @@ impl Rig {
         let mut options = Options::new(K8S_1_37);
         // A kubelet dials the API server itself, so that must be where its machine can reach it.
         options.bind = Some(bed.host_address());
+        // And it dials the kubelet, whose name no resolver knows.
+        options.address_types = Some("InternalIP,Hostname".to_owned());
         let cluster = Cluster::start(&bed, options)?;
         let mut rig = Rig {
             quic: None,

@@ -1,0 +1,2 @@
+//! x
+pub(crate) fn logs_and_exec(){}
