@@ -131,7 +131,11 @@ fn stock_place() -> Result<Place> {
         kubectl,
         node: "stock".to_owned(),
         log_dir,
-        story: Box::new(move || whole.0.kubelet.tail(20)),
+        story: Box::new(move || {
+            // By way of a reference to all of it, so that all of it lives as long as the place.
+            let whole = &whole;
+            whole.0.kubelet.tail(20)
+        }),
     })
 }
 
