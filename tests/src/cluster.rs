@@ -4,7 +4,7 @@
 //! Only cloudcore and kubectl talk to the API server; no edge can reach it.
 
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -135,6 +135,11 @@ impl Cluster {
     /// The URL of the API server.
     pub fn server(&self) -> String {
         format!("https://{}:{}", self.address, self.port)
+    }
+
+    /// Where the API server listens.
+    pub fn api_address(&self) -> SocketAddr {
+        SocketAddr::from((self.address, self.port))
     }
 
     /// The cluster's CA certificate file.

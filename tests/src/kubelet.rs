@@ -12,9 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
-use rustls::{
-    ClientConfig, ClientConnection, DigitallySignedStruct, SignatureScheme, StreamOwned,
-};
+use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, SignatureScheme, StreamOwned};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use serde_json::Value;
@@ -25,8 +23,13 @@ use crate::pki::Pair;
 /// How long an answer may take.
 const ANSWER: Duration = Duration::from_secs(30);
 
+type Tls = StreamOwned<ClientConnection, TcpStream>;
+
 /// A connection whose head was read and whose body was not.
-pub type Body = BufReader<StreamOwned<ClientConnection, TcpStream>>;
+pub type Body = BufReader<Tls>;
+
+/// A connection whose handshake is done and which was not asked anything.
+pub struct Fresh(Tls);
 
 /// An endpoint, and who asks.
 #[derive(Clone)]
@@ -48,20 +51,27 @@ pub struct Answer {
 pub enum Protocol {
     Spdy,
     Websocket,
+    /// As a new kubectl speaks with an API server.
+    WebsocketV5,
 }
 
 impl Protocol {
     fn headers(self) -> &'static str {
+        // The key is an example's (RFC 6455, section 1.2): nobody here checks the answer's.
         match self {
             Protocol::Spdy => {
                 "Connection: Upgrade\r\nUpgrade: SPDY/3.1\r\n\
                  X-Stream-Protocol-Version: v4.channel.k8s.io\r\n"
             }
-            // The key is an example's (RFC 6455, section 1.2): nobody here checks the answer's.
             Protocol::Websocket => {
                 "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
                  Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
                  Sec-WebSocket-Protocol: v4.channel.k8s.io\r\n"
+            }
+            Protocol::WebsocketV5 => {
+                "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
+                 Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
+                 Sec-WebSocket-Protocol: v5.channel.k8s.io\r\n"
             }
         }
     }
@@ -127,7 +137,18 @@ impl Kubelet {
         path: &str,
         protocol: Protocol,
     ) -> Result<Result<Body, Answer>> {
-        let (head, body) = self.begin(method, path, protocol.headers())?;
+        self.upgrade_on(self.connect()?, method, path, protocol)
+    }
+
+    /// As [`Kubelet::upgrade`], on a connection that was made before.
+    pub fn upgrade_on(
+        &self,
+        fresh: Fresh,
+        method: &str,
+        path: &str,
+        protocol: Protocol,
+    ) -> Result<Result<Body, Answer>> {
+        let (head, body) = self.begin_on(fresh, method, path, protocol.headers())?;
         match head.status {
             101 => Ok(Ok(body)),
             _ => finish(head, body).map(Err),
@@ -144,7 +165,16 @@ impl Kubelet {
     }
 
     fn begin(&self, method: &str, path: &str, headers: &str) -> Result<(Head, Body)> {
-        let mut stream = self.dial().with_context(|| format!("dial {}", self.address))?;
+        self.begin_on(self.connect()?, method, path, headers)
+    }
+
+    fn begin_on(
+        &self,
+        Fresh(mut stream): Fresh,
+        method: &str,
+        path: &str,
+        headers: &str,
+    ) -> Result<(Head, Body)> {
         let token = match &self.token {
             Some(token) => format!("Authorization: Bearer {token}\r\n"),
             None => String::new(),
@@ -160,14 +190,23 @@ impl Kubelet {
         Ok((head, body))
     }
 
-    fn dial(&self) -> Result<StreamOwned<ClientConnection, TcpStream>> {
-        let socket = TcpStream::connect_timeout(&self.address, ANSWER)?;
+    /// Dials and does the handshake.
+    pub fn connect(&self) -> Result<Fresh> {
+        let socket = TcpStream::connect_timeout(&self.address, ANSWER)
+            .with_context(|| format!("dial {}", self.address))?;
         socket.set_nodelay(true)?;
         socket.set_read_timeout(Some(ANSWER))?;
         socket.set_write_timeout(Some(ANSWER))?;
         let name = ServerName::from(self.address.ip());
         let session = ClientConnection::new(self.config.clone(), name)?;
-        Ok(StreamOwned::new(session, socket))
+        let mut stream = StreamOwned::new(session, socket);
+        while stream.conn.is_handshaking() {
+            stream
+                .conn
+                .complete_io(&mut stream.sock)
+                .with_context(|| format!("the handshake with {}", self.address))?;
+        }
+        Ok(Fresh(stream))
     }
 }
 
@@ -256,7 +295,11 @@ mod tests {
             (json!([named]), None),
         ] {
             let found = endpoint(&node(addresses.clone())).ok();
-            assert_eq!(found, want.map(|a| a.parse().expect("an address")), "{addresses}");
+            assert_eq!(
+                found,
+                want.map(|a| a.parse().expect("an address")),
+                "{addresses}"
+            );
         }
     }
 }

@@ -20,6 +20,7 @@ pub mod cloud;
 pub mod cluster;
 pub mod containerd;
 pub mod edge;
+pub mod forward;
 pub mod holder;
 pub mod images;
 pub mod kubectl;

@@ -6,7 +6,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
@@ -309,7 +309,9 @@ impl Machine {
     pub fn expose(&self, port: u16) -> Result<Ipv4Addr> {
         let address = self.outside;
         for rule in [
-            format!("-t nat -A PREROUTING -i wan -p tcp --dport {port} -j DNAT --to-destination {EDGE_ADDRESS}:{port}"),
+            format!(
+                "-t nat -A PREROUTING -i wan -p tcp --dport {port} -j DNAT --to-destination {EDGE_ADDRESS}:{port}"
+            ),
             format!("-A FORWARD -i wan -o lan -p tcp --dport {port} -j ACCEPT"),
         ] {
             self.router.iptables(&rule)?;
@@ -317,6 +319,19 @@ impl Machine {
         let space = self.space.as_ref().context("the machine is switched off")?;
         space.ip(&format!("address add {address}/32 dev lo"))?;
         Ok(address)
+    }
+
+    /// Leads what the machine sends to one port, UDP and TCP, to another: new flows only. A relay
+    /// between a device and its cloud is not seen by either.
+    pub fn divert(&self, from: SocketAddr, to: SocketAddr) -> Result<()> {
+        for protocol in ["udp", "tcp"] {
+            self.router.iptables(&format!(
+                "-t nat -A PREROUTING -i lan -p {protocol} -d {} --dport {} -j DNAT --to-destination {to}",
+                from.ip(),
+                from.port()
+            ))?;
+        }
+        Ok(())
     }
 
     /// What has crossed the router's outside so far.

@@ -129,7 +129,9 @@ pub fn ensure_debian_kubectl() -> Result<PathBuf> {
     if path.is_file() {
         return Ok(path);
     }
-    progress(&format!("fetching Debian's {DEBIAN_KUBECTL} (once; it is kept)"));
+    progress(&format!(
+        "fetching Debian's {DEBIAN_KUBECTL} (once; it is kept)"
+    ));
     let unfinished = dir.with_extension("unfinished");
     let _ = fs::remove_dir_all(&unfinished);
     fs::create_dir_all(&unfinished)?;

@@ -88,7 +88,10 @@ impl Running {
 
     /// Writes to its standard input, which stays open.
     pub fn say(&mut self, text: &str) -> Result<()> {
-        let pipe = self.input.as_mut().context("its standard input is closed")?;
+        let pipe = self
+            .input
+            .as_mut()
+            .context("its standard input is closed")?;
         Ok(pipe.write_all(text.as_bytes())?)
     }
 
@@ -98,8 +101,11 @@ impl Running {
         let mut pipe = self.input.take().context("its standard input is closed")?;
         // One that ends early breaks the pipe, which its exit code tells better.
         let work = move || drop(pipe.write_all(&bytes));
-        self.readers
-            .push(std::thread::Builder::new().name("feed".into()).spawn(work)?);
+        self.readers.push(
+            std::thread::Builder::new()
+                .name("feed".into())
+                .spawn(work)?,
+        );
         Ok(())
     }
 
@@ -198,7 +204,9 @@ fn read_into(mut pipe: impl Read + Send + 'static, to: &Written) -> Result<JoinH
             lock(&to).extend_from_slice(&buffer[..size]);
         }
     };
-    Ok(std::thread::Builder::new().name("read".into()).spawn(work)?)
+    Ok(std::thread::Builder::new()
+        .name("read".into())
+        .spawn(work)?)
 }
 
 #[cfg(test)]

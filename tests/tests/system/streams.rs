@@ -23,6 +23,7 @@ mod node;
 mod rights;
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock, RwLockReadGuard};
 use std::time::Duration;
 
@@ -84,8 +85,9 @@ fn place(transport: Transport) -> Result<Stay> {
         Transport::Websocket => WEBSOCKET.get_or_init(|| {
             edge_place("streams-websocket", transport).map_err(|e| format!("{e:#}"))
         }),
-        Transport::Quic | Transport::Auto => QUIC
-            .get_or_init(|| edge_place("streams-quic", transport).map_err(|e| format!("{e:#}"))),
+        Transport::Quic | Transport::Auto => {
+            QUIC.get_or_init(|| edge_place("streams-quic", transport).map_err(|e| format!("{e:#}")))
+        }
     };
     let place = made
         .as_ref()
@@ -159,9 +161,12 @@ impl Place {
         (self.story)()
     }
 
-    /// A Pod of one container that runs a script here. The name is completed by the node's.
+    /// A Pod of one container that runs a script here. A number completes its name: on a stock
+    /// kubelet both transports are the same node.
     fn pod(&self, name: &str, script: &str) -> Value {
-        shell_pod(&format!("{name}-{}", self.node), &self.node, script)
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        shell_pod(&format!("{name}-{number}"), &self.node, script)
     }
 
     /// Creates a Pod, waits until it is ready and gives its name.
@@ -228,7 +233,10 @@ fn noise(size: usize, seed: u64) -> Vec<u8> {
 
 /// Whether a process with exactly this command line runs on this computer, in whatever container.
 fn runs(argv: &[&str]) -> bool {
-    let wanted: Vec<u8> = argv.iter().flat_map(|word| [word.as_bytes(), b"\0"].concat()).collect();
+    let wanted: Vec<u8> = argv
+        .iter()
+        .flat_map(|word| [word.as_bytes(), b"\0"].concat())
+        .collect();
     let dirs = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let mut lines = dirs.filter_map(|dir| std::fs::read(dir.path().join("cmdline")).ok());
     lines.any(|line| line == wanted)
@@ -236,7 +244,6 @@ fn runs(argv: &[&str]) -> bool {
 
 /// A time in seconds that nobody else sleeps, to find a process by.
 fn odd_time() -> String {
-    use std::sync::atomic::{AtomicU32, Ordering};
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     format!("6{:07}{number:03}", std::process::id())

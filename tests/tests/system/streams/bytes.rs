@@ -2,13 +2,13 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use testbed::edge::Transport;
+use testbed::forward::Forward;
 use testbed::kubectl::Kubectl;
-use testbed::running::Running;
 use testbed::wait::wait_for;
 use testbed::world::SOON;
 
@@ -40,7 +40,9 @@ fn copies(place: &Place, size: usize) -> Result<()> {
     copy(&path(&there)?, &remote).with_context(|| place.story())?;
     let up = begun.elapsed();
     // One that ends before the file is whole in the container would be found out here.
-    let sum = place.kubectl.ok(&["exec", &pod, "--", "sha256sum", "/tmp/copied"])?;
+    let sum = place
+        .kubectl
+        .ok(&["exec", &pod, "--", "sha256sum", "/tmp/copied"])?;
     ensure!(sum.starts_with(&sha256(&bytes)), "{sum}");
     let begun = Instant::now();
     copy(&remote, &path(&back)?).with_context(|| place.story())?;
@@ -55,7 +57,11 @@ fn copies(place: &Place, size: usize) -> Result<()> {
 
 fn sha256(bytes: &[u8]) -> String {
     let digest = ring::digest::digest(&ring::digest::SHA256, bytes);
-    digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+    digest
+        .as_ref()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 /// A Pod that echoes at 7001, says the checksum of its first 4 MiB at 7002, and sends a file that
@@ -71,40 +77,6 @@ fn servers(place: &Place, name: &str) -> Result<String> {
         place.kubectl.ok(&["exec", &pod, "--", "ls", "/tmp/up"])
     })?;
     Ok(pod)
-}
-
-/// A running `kubectl port-forward` and its local ends.
-struct Forward {
-    kubectl: Running,
-    ends: Vec<SocketAddr>,
-}
-
-impl Forward {
-    fn start(kubectl: &Kubectl, pod: &str, ports: &[u16]) -> Result<Forward> {
-        let ports: Vec<String> = ports.iter().map(|port| format!(":{port}")).collect();
-        let ports: Vec<&str> = ports.iter().map(String::as_str).collect();
-        let words = [&["port-forward", "--address=127.0.0.1", pod][..], &ports].concat();
-        let mut kubectl = kubectl.start(&words)?;
-        // A line for each: "Forwarding from 127.0.0.1:40123 -> 7001".
-        let mut ends = Vec::new();
-        for port in ports {
-            let said = kubectl.sees(&format!("-> {}\n", &port[1..]), MOMENT)?;
-            let line = said
-                .lines()
-                .find(|line| line.ends_with(&format!("-> {}", &port[1..])))
-                .context("the line was just there")?;
-            let address = line.split(' ').nth(2).context("an address")?;
-            ends.push(address.parse()?);
-        }
-        Ok(Forward { kubectl, ends })
-    }
-
-    fn dial(&self, number: usize) -> Result<TcpStream> {
-        let stream = TcpStream::connect(self.ends[number])?;
-        stream.set_read_timeout(Some(MOMENT))?;
-        stream.set_write_timeout(Some(MOMENT))?;
-        Ok(stream)
-    }
 }
 
 #[test]
@@ -144,7 +116,10 @@ fn forwards(kubectl: &Kubectl, pod: &str) -> Result<()> {
     let mut said = String::new();
     stream.read_to_string(&mut said)?;
     let lines = said.lines().count();
-    ensure!(lines == 300_000 && said.ends_with("300000\n"), "{lines} lines");
+    ensure!(
+        lines == 300_000 && said.ends_with("300000\n"),
+        "{lines} lines"
+    );
     forward.kubectl.ensure_running()
 }
 
@@ -164,7 +139,10 @@ fn many_connections(forward: &Forward) -> Result<()> {
         stream
             .read_exact(&mut back)
             .with_context(|| format!("connection {number}"))?;
-        ensure!(back == noise(10_000, number as u64 * 2 + 1), "connection {number}");
+        ensure!(
+            back == noise(10_000, number as u64 * 2 + 1),
+            "connection {number}"
+        );
     }
     Ok(())
 }

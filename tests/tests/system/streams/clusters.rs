@@ -27,7 +27,10 @@ pub(crate) fn logs_and_exec(world: &World, node: &str) -> Result<()> {
         .kubectl
         .run_with(&words, "to the other side")
         .with_context(|| world.story(&edge))?;
-    ensure!(said.code == 6 && said.stdout == "to the other side", "{said:?}");
+    ensure!(
+        said.code == 6 && said.stdout == "to the other side",
+        "{said:?}"
+    );
     let path = format!("/api/v1/nodes/{node}/proxy/healthz");
     let said = world.kubectl.ok(&["get", "--raw", &path])?;
     ensure!(said.trim() == "ok", "{said}");

@@ -33,7 +33,10 @@ fn long_exec(kubectl: &Kubectl, pod: &str) -> Result<(Running, String)> {
 fn ends_badly(mut exec: Running, limit: Duration) -> Result<String> {
     let ended = exec.end(limit)?;
     ensure!(ended.code != 0, "it ended well: {ended}");
-    ensure!(!ended.stderr.trim().is_empty(), "it does not say why: {ended}");
+    ensure!(
+        !ended.stderr.trim().is_empty(),
+        "it does not say why: {ended}"
+    );
     Ok(ended.stderr)
 }
 
@@ -98,8 +101,15 @@ fn a_cut_link_ends_what_runs_and_the_device_can_be_asked_at_itself() -> Result<(
     let (edge, pod) = &edges[0];
     let begun = Instant::now();
     let said = world.kubectl.run(&["exec", pod, "--", "true"])?;
-    ensure!(said.code != 0 && said.stderr.contains(&edge.name), "{said:?}");
-    ensure!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+    ensure!(
+        said.code != 0 && said.stderr.contains(&edge.name),
+        "{said:?}"
+    );
+    ensure!(
+        begun.elapsed() < Duration::from_secs(15),
+        "{:?}",
+        begun.elapsed()
+    );
     for (edge, _) in &edges {
         edge.machine.restore()?;
     }
@@ -125,16 +135,33 @@ fn asks_itself(edge: &Edge, pod: &str) -> Result<()> {
     let text = String::from_utf8_lossy(&said.stdout).into_owned();
     ensure!(said.status.success(), "{said:?}");
     ensure!(
-        text.lines().any(|row| row.contains(pod) && row.contains("Running")),
+        text.lines()
+            .any(|row| row.contains(pod) && row.contains("Running")),
         "{text}"
     );
-    let said = ctl(&["exec", pod, "--", "sh", "-c", "hostname; echo noted >/proc/1/fd/1; exit 3"])?;
+    let said = ctl(&[
+        "exec",
+        pod,
+        "--",
+        "sh",
+        "-c",
+        "hostname; echo noted >/proc/1/fd/1; exit 3",
+    ])?;
     let text = String::from_utf8_lossy(&said.stdout);
-    ensure!(text.trim() == pod && said.status.code() == Some(3), "{said:?}");
+    ensure!(
+        text.trim() == pod && said.status.code() == Some(3),
+        "{said:?}"
+    );
     let said = ctl(&["logs", pod])?;
-    ensure!(said.status.success() && said.stdout == b"noted\n", "{said:?}");
+    ensure!(
+        said.status.success() && said.stdout == b"noted\n",
+        "{said:?}"
+    );
     let said = ctl(&["logs", "no-such-pod"])?;
-    ensure!(!said.status.success() && !said.stderr.is_empty(), "{said:?}");
+    ensure!(
+        !said.status.success() && !said.stderr.is_empty(),
+        "{said:?}"
+    );
     Ok(())
 }
 
@@ -220,7 +247,10 @@ fn ports() -> Result<Vec<(String, u64)>> {
     let mut numbers: Vec<u64> = found.iter().map(|(_, port)| *port).collect();
     numbers.sort_unstable();
     numbers.dedup();
-    ensure!(numbers.len() == found.len(), "two Nodes share a port: {found:?}");
+    ensure!(
+        numbers.len() == found.len(),
+        "two Nodes share a port: {found:?}"
+    );
     Ok(found)
 }
 
@@ -230,7 +260,9 @@ fn a_new_address_outside_is_nothing_to_an_exec_over_quic_and_an_end_over_websock
     let _peace = world.in_peace();
     let (quic, quic_pod) = own_edge("moves-quic", Transport::Quic)?;
     let (websocket, websocket_pod) = own_edge("moves-ws", Transport::Websocket)?;
-    let mut stays = world.kubectl.start(&["exec", "-i", &quic_pod, "--", "cat"])?;
+    let mut stays = world
+        .kubectl
+        .start(&["exec", "-i", &quic_pod, "--", "cat"])?;
     stays.say("before\n")?;
     stays.sees("before\n", MOMENT)?;
     let (ends, _) = long_exec(&world.kubectl, &websocket_pod)?;

@@ -40,7 +40,10 @@ fn stands_still(name: &str, transport: Transport) -> Result<()> {
     world.pod_running(&edge, &chatty)?;
     wait_for("the whole log", SOON, || {
         let said = world.kubectl.ok(&["logs", &chatty, "--tail=1"])?;
-        ensure!(said.trim_start_matches('0').trim() == LINES.to_string(), "{said}");
+        ensure!(
+            said.trim_start_matches('0').trim() == LINES.to_string(),
+            "{said}"
+        );
         Ok(())
     })?;
     let node = world.kubectl.json(&["get", "node", name])?;
@@ -52,7 +55,10 @@ fn stands_still(name: &str, transport: Transport) -> Result<()> {
     println!("{name}: {} readers stand still", still.len());
     // The command of an operator who comes now says what is wrong.
     let said = world.kubectl.run(&["exec", &quick, "--", "true"])?;
-    ensure!(said.code != 0 && said.stderr.contains("tunnels"), "{said:?}");
+    ensure!(
+        said.code != 0 && said.stderr.contains("tunnels"),
+        "{said:?}"
+    );
 
     // All but one of them: the place is somebody else's.
     still.pop();
@@ -91,7 +97,10 @@ fn stands_still(name: &str, transport: Transport) -> Result<()> {
 /// PSS of edgecore and cloudcore.
 fn memory(edge: &Edge) -> Result<(f64, f64)> {
     let cloud = world()?.cloud().pid().context("cloudcore does not run")?;
-    Ok((pss(edge.pid().context("edgecore does not run")?)?, pss(cloud)?))
+    Ok((
+        pss(edge.pid().context("edgecore does not run")?)?,
+        pss(cloud)?,
+    ))
 }
 
 /// As many readers as are let in, none of whom reads; at least half of what a node is meant to have.

@@ -43,17 +43,27 @@ fn a_log_is_cut_by_lines_bytes_and_time() -> Result<()> {
         .collect();
     ensure!(stamps.len() == 4, "{stamped}");
     ensure!(
-        stamps.iter().all(|s| s.contains('T') && s.contains('.') && s.ends_with('Z')),
+        stamps
+            .iter()
+            .all(|s| s.contains('T') && s.contains('.') && s.ends_with('Z')),
         "{stamped}"
     );
     // Whole seconds cross the API: two after the first line stand between it and the late one.
     let words = ["-u", "+%FT%TZ", "-d", &format!("{} +2 seconds", stamps[0])];
     let between = run(Command::new("date").args(words))?;
     let since = format!("--since-time={}", between.trim());
-    ensure!(logs(&[&since])? == "late\n", "{since}: {:?}", logs(&[&since])?);
+    ensure!(
+        logs(&[&since])? == "late\n",
+        "{since}: {:?}",
+        logs(&[&since])?
+    );
 
     std::thread::sleep(Duration::from_secs(2));
-    ensure!(logs(&["--since=1s"])?.is_empty(), "{:?}", logs(&["--since=1s"])?);
+    ensure!(
+        logs(&["--since=1s"])?.is_empty(),
+        "{:?}",
+        logs(&["--since=1s"])?
+    );
     Ok(())
 }
 
@@ -99,16 +109,24 @@ fn follows(place: &Place) -> Result<()> {
     let pod = place.start(&pod)?;
     let mut log = place.kubectl.start(&["logs", "-f", &pod])?;
     log.sees("begun\n", MOMENT)?;
-    place.kubectl.ok(&["exec", &pod, "--", "touch", "/tmp/go"])?;
+    place
+        .kubectl
+        .ok(&["exec", &pod, "--", "touch", "/tmp/go"])?;
     // The line was written before the exec had ended.
     log.sees("went\n", Duration::from_secs(1))
         .with_context(|| place.story())?;
-    place.kubectl.ok(&["exec", &pod, "--", "touch", "/tmp/end"])?;
+    place
+        .kubectl
+        .ok(&["exec", &pod, "--", "touch", "/tmp/end"])?;
     let ended = log.end(Duration::from_secs(10))?.ok()?;
     ensure!(ended.text() == "begun\nwent\nlast\n", "{ended}");
     // And the log of a container that has ended can be read, and followed to its end.
     ensure!(place.kubectl.ok(&["logs", &pod])? == "begun\nwent\nlast\n");
-    let again = place.kubectl.start(&["logs", "-f", &pod])?.end(MOMENT)?.ok()?;
+    let again = place
+        .kubectl
+        .start(&["logs", "-f", &pod])?
+        .end(MOMENT)?
+        .ok()?;
     ensure!(again.text() == "begun\nwent\nlast\n", "{again}");
     Ok(())
 }
@@ -151,7 +169,8 @@ fn a_container_that_waits_says_why_there_is_no_log() -> Result<()> {
         let said = place.kubectl.run(&["logs", &pod])?;
         ensure!(said.code != 0, "{said:?}");
         ensure!(
-            said.stderr.contains("is waiting to start: ErrImageNeverPull"),
+            said.stderr
+                .contains("is waiting to start: ErrImageNeverPull"),
             "{said:?}"
         );
         Ok(())
@@ -186,21 +205,25 @@ fn a_followed_log_loses_nothing_where_it_is_rotated() -> Result<()> {
         ensure!(log.stdout().lines().count() > seen + 10, "none yet");
         Ok(())
     })?;
-    place.kubectl.ok(&["exec", &pod, "--", "touch", "/tmp/end"])?;
+    place
+        .kubectl
+        .ok(&["exec", &pod, "--", "touch", "/tmp/end"])?;
     let text = log.end(MOMENT)?.ok()?.text();
+    let end = text.lines().last().unwrap_or_default();
+    ensure!(end == "0 done", "the log ends with {end:?}");
     let mut numbers = text.lines().map(|line| {
         let first = line.split(' ').next().unwrap_or_default();
         first.parse::<u64>().with_context(|| format!("{line:?}"))
     });
     let mut last = 0;
     loop {
-        match numbers.next().context("the log ends too early")?? {
+        match numbers.next().context("lines are left")?? {
             0 => break,
             number => ensure!(number == last + 1, "{number} after {last}"),
         }
         last += 1;
     }
-    ensure!(last > CHATTY && numbers.next().is_none());
+    ensure!(last > CHATTY, "the log ends with {last}");
     // What is left without following is the newest file, to its end.
     let left = place.kubectl.ok(&["logs", &pod])?;
     ensure!(left.ends_with("0 done\n"), "{:?}", left.lines().last());
@@ -210,7 +233,11 @@ fn a_followed_log_loses_nothing_where_it_is_rotated() -> Result<()> {
 /// Whether there is more than one file of the container's log.
 fn rotated(place: &Place, pod: &str) -> Result<bool> {
     for dir in fs::read_dir(&place.log_dir)?.flatten() {
-        if dir.file_name().to_string_lossy().contains(&format!("_{pod}_")) {
+        if dir
+            .file_name()
+            .to_string_lossy()
+            .contains(&format!("_{pod}_"))
+        {
             return Ok(fs::read_dir(dir.path().join("main"))?.count() > 1);
         }
     }

@@ -38,7 +38,10 @@ fn describes(place: &Place, pod: &str) -> Result<()> {
     wait_for("figures of the Pod", SOON, || has_figures(place, pod))?;
     let path = format!("/api/v1/nodes/{}/proxy/no-such-thing", place.node);
     let said = place.kubectl.run(&["get", "--raw", &path])?;
-    ensure!(said.code != 0 && said.stderr.contains("NotFound"), "{said:?}");
+    ensure!(
+        said.code != 0 && said.stderr.contains("NotFound"),
+        "{said:?}"
+    );
     Ok(())
 }
 
@@ -47,8 +50,14 @@ fn has_figures(place: &Place, pod: &str) -> Result<()> {
     let summary: Value = serde_json::from_str(&place.proxied("stats/summary")?)?;
     let node = &summary["node"];
     ensure!(node["nodeName"] == place.node, "{node}");
-    ensure!(node["cpu"]["usageCoreNanoSeconds"].as_u64() > Some(0), "{node}");
-    ensure!(node["memory"]["workingSetBytes"].as_u64() > Some(0), "{node}");
+    ensure!(
+        node["cpu"]["usageCoreNanoSeconds"].as_u64() > Some(0),
+        "{node}"
+    );
+    ensure!(
+        node["memory"]["workingSetBytes"].as_u64() > Some(0),
+        "{node}"
+    );
     ensure!(node["fs"]["capacityBytes"].as_u64() > Some(0), "{node}");
     let pods = summary["pods"].as_array().context("pods")?;
     let found = pods.iter().find(|one| one["podRef"]["name"] == pod);
@@ -57,7 +66,10 @@ fn has_figures(place: &Place, pod: &str) -> Result<()> {
     ensure!(container["name"] == "main", "{found}");
     let cpu = container["cpu"]["usageCoreNanoSeconds"].as_u64();
     ensure!(cpu > Some(100_000_000), "{found}");
-    ensure!(container["memory"]["workingSetBytes"].as_u64() > Some(0), "{found}");
+    ensure!(
+        container["memory"]["workingSetBytes"].as_u64() > Some(0),
+        "{found}"
+    );
 
     let figures = place.proxied("metrics/resource")?;
     let own = format!("pod=\"{pod}\"");
@@ -74,7 +86,10 @@ fn has_figures(place: &Place, pod: &str) -> Result<()> {
         ensure!(found > 0.0, "{name} {word}: {found}");
     }
     let figures = place.proxied("metrics/cadvisor")?;
-    for name in ["container_cpu_usage_seconds_total", "container_memory_working_set_bytes"] {
+    for name in [
+        "container_cpu_usage_seconds_total",
+        "container_memory_working_set_bytes",
+    ] {
         let found = value(&figures, name, &own)?;
         ensure!(found > 0.0, "{name}: {found}");
     }
@@ -132,13 +147,17 @@ fn kubectl_top_shows_nodes_and_pods() -> Result<()> {
     }
     for (place, pod) in places.iter().zip(&pods) {
         // Two scrapes 10 s apart, and the first waits for the Pod.
-        wait_for(&format!("figures of {pod}"), Duration::from_secs(90), || {
-            server.ensure_running()?;
-            let node = place.kubectl.ok(&["top", "node", &place.node])?;
-            busy(&node, &place.node)?;
-            let said = place.kubectl.ok(&["top", "pod", pod, "--containers"])?;
-            busy(&said, pod)
-        })
+        wait_for(
+            &format!("figures of {pod}"),
+            Duration::from_secs(90),
+            || {
+                server.ensure_running()?;
+                let node = place.kubectl.ok(&["top", "node", &place.node])?;
+                busy(&node, &place.node)?;
+                let said = place.kubectl.ok(&["top", "pod", pod, "--containers"])?;
+                busy(&said, pod)
+            },
+        )
         .with_context(|| server.tail(20))
         .with_context(|| place.story())?;
     }

@@ -94,10 +94,16 @@ fn a_stranger_gets_401_and_a_user_without_rights_403() -> Result<()> {
     for (who, kubelet, status) in [
         ("nobody", kubelet(edge, None)?, 401),
         ("a forger", kubelet(edge, Some(&forged))?, 401),
-        ("a false token", kubelet(edge, None)?.with_token("abc.def.ghi"), 401),
+        (
+            "a false token",
+            kubelet(edge, None)?.with_token("abc.def.ghi"),
+            401,
+        ),
         ("a user without rights", kubelet(edge, Some(&user))?, 403),
     ] {
-        for path in ["/healthz", "/pods", "/metrics", "/configz", "/no/such", &logs] {
+        for path in [
+            "/healthz", "/pods", "/metrics", "/configz", "/no/such", &logs,
+        ] {
             let answer = kubelet.ask("GET", path)?;
             ensure!(answer.status == status, "{who}, {path}: {answer:?}");
         }
@@ -153,7 +159,10 @@ fn a_port_opens_the_pods_of_its_own_node_alone() -> Result<()> {
     let _peace = world.in_peace();
     let [one, other] = two()?;
     let pair = world.cluster().kubelet_client().clone();
-    let (first, second) = (kubelet(&one.0, Some(&pair))?, kubelet(&other.0, Some(&pair))?);
+    let (first, second) = (
+        kubelet(&one.0, Some(&pair))?,
+        kubelet(&other.0, Some(&pair))?,
+    );
     ensure!(first.address != second.address, "{}", first.address);
     for (kubelet, own, foreign) in [(&first, &one.1, &other.1), (&second, &other.1, &one.1)] {
         let logs = |pod: &str| kubelet.ask("GET", &format!("/containerLogs/default/{pod}/main"));
@@ -200,13 +209,21 @@ fn a_token_opens_what_its_account_may_see_and_stays_in_the_cloud() -> Result<()>
     for path in ["/metrics/resource", "/metrics/cadvisor", "/metrics"] {
         answers(&kubelet, path, 200)?;
     }
-    for path in ["/stats/summary", "/pods", "/configz", "/containerLogs/default/a/b"] {
+    for path in [
+        "/stats/summary",
+        "/pods",
+        "/configz",
+        "/containerLogs/default/a/b",
+    ] {
         answers(&kubelet, path, 403)?;
     }
     // Its signature alone is a secret that no text nearby resembles.
     let (_, signature) = token.rsplit_once('.').context("a token has three parts")?;
     ensure!(!edge.text().contains(signature), "it is in edgecore's log");
-    ensure!(!world.cloud().text().contains(signature), "it is in cloudcore's log");
+    ensure!(
+        !world.cloud().text().contains(signature),
+        "it is in cloudcore's log"
+    );
     let pid = edge.pid().context("edgecore does not run")?;
     ensure!(
         in_memory(pid, edge.name.as_bytes())?,
@@ -237,7 +254,10 @@ fn in_memory(pid: i32, needle: &[u8]) -> Result<bool> {
         }
         let mut bytes = vec![0; size];
         let found = memory.read_at(&mut bytes, from).unwrap_or(0);
-        if bytes[..found].windows(needle.len()).any(|part| part == needle) {
+        if bytes[..found]
+            .windows(needle.len())
+            .any(|part| part == needle)
+        {
             return Ok(true);
         }
     }
@@ -268,9 +288,7 @@ fn every_tunnel_leaves_a_line_when_it_opens_and_one_when_it_closes() -> Result<(
         let id = id.with_context(|| format!("no number: {opened}"))?;
         let closed = log
             .lines()
-            .find(|line| {
-                line.contains("a tunnel closed") && line.split(' ').any(|word| word == id)
-            })
+            .find(|line| line.contains("a tunnel closed") && line.split(' ').any(|word| word == id))
             .with_context(|| format!("{id} was never closed"))?;
         for word in ["exec", &edge.name, "bytes_there=", "bytes_back=", "ms="] {
             ensure!(closed.contains(word), "no {word}: {closed}");
