@@ -62,8 +62,9 @@ impl MetricsServer {
             "--kubelet-use-node-status-port".to_owned(),
             "--kubelet-preferred-address-types=InternalIP,ExternalIP,Hostname".to_owned(),
             "--kubelet-insecure-tls".to_owned(),
-            // The shortest that it takes.
+            // The shortest that it takes, and a request must be shorter.
             "--metric-resolution=10s".to_owned(),
+            "--kubelet-request-timeout=5s".to_owned(),
         ]);
         let process = bed.spawn(NAME, &mut command)?;
         Ok(MetricsServer { process })

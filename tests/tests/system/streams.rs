@@ -3,7 +3,8 @@
 //! The cases that ask only what any kubelet does ([`logs`], [`exec`], [`bytes`], [`node`]) run on a
 //! [`Place`], which is one of two edges that all of them share, one for each transport. With
 //! `STREAMS_ON=kubelet` in the environment the place is a stock kubelet: what the cases demand is
-//! then what it does, or the case is wrong.
+//! then what it does, or the case is wrong. One demands more: a kubelet (1.37.2) that follows a log
+//! may lose what is written after its rotation.
 
 #[path = "streams/bytes.rs"]
 mod bytes;
@@ -34,6 +35,7 @@ use testbed::cluster::{Cluster, Options};
 use testbed::containerd::Flavour;
 use testbed::edge::{Edge, Transport};
 use testbed::kubectl::Kubectl;
+use testbed::metrics::MetricsServer;
 use testbed::netns::{Backbone, Machine};
 use testbed::peer::Peer;
 use testbed::programs::{self, K8S_1_33, K8S_1_37};
@@ -53,8 +55,12 @@ pub(crate) struct Place {
     pub(crate) node: String,
     /// The machine's `/var/log/pods`, as the host sees it.
     pub(crate) log_dir: PathBuf,
-    story: Box<dyn Fn() -> String + Send + Sync>,
+    story: Told<String>,
+    metrics_server: Told<Result<MetricsServer>>,
 }
+
+/// What a place knows by way of its control plane or its agent.
+type Told<T> = Box<dyn Fn() -> T + Send + Sync>;
 
 /// A place that nobody takes the cloud away from while this lives.
 pub(crate) struct Stay {
@@ -70,33 +76,44 @@ impl std::ops::Deref for Stay {
     }
 }
 
-/// The shared node of that transport, answering.
+/// The shared node of that transport, answering. For a second one see [`found`].
 fn place(transport: Transport) -> Result<Stay> {
-    static QUIC: OnceLock<Result<Place, String>> = OnceLock::new();
-    static WEBSOCKET: OnceLock<Result<Place, String>> = OnceLock::new();
-    static STOCK: OnceLock<Result<Place, String>> = OnceLock::new();
-    let stock = std::env::var("STREAMS_ON").is_ok_and(|what| what == "kubelet");
-    let peace = match stock {
+    let peace = match on_stock() {
         true => None,
         false => Some(world()?.in_peace()),
     };
-    let made = match transport {
-        _ if stock => STOCK.get_or_init(|| stock_place().map_err(|e| format!("{e:#}"))),
-        Transport::Websocket => WEBSOCKET.get_or_init(|| {
-            edge_place("streams-websocket", transport).map_err(|e| format!("{e:#}"))
-        }),
-        Transport::Quic | Transport::Auto => {
-            QUIC.get_or_init(|| edge_place("streams-quic", transport).map_err(|e| format!("{e:#}")))
-        }
+    Ok(Stay {
+        place: found(transport)?,
+        _peace: peace,
+    })
+}
+
+fn on_stock() -> bool {
+    std::env::var("STREAMS_ON").is_ok_and(|what| what == "kubelet")
+}
+
+/// The same for who is in peace already: who takes that twice may wait for himself.
+fn found(transport: Transport) -> Result<&'static Place> {
+    static QUIC: OnceLock<Result<Place, String>> = OnceLock::new();
+    static WEBSOCKET: OnceLock<Result<Place, String>> = OnceLock::new();
+    static STOCK: OnceLock<Result<Place, String>> = OnceLock::new();
+    let (cell, name) = match transport {
+        _ if on_stock() => (&STOCK, "stock"),
+        Transport::Websocket => (&WEBSOCKET, "streams-websocket"),
+        Transport::Quic | Transport::Auto => (&QUIC, "streams-quic"),
     };
+    let made = cell.get_or_init(|| {
+        let place = match on_stock() {
+            true => stock_place(name),
+            false => edge_place(name, transport),
+        };
+        place.map_err(|error| format!("{error:#}"))
+    });
     let place = made
         .as_ref()
         .map_err(|reason| anyhow!("no node for the streams: {reason}"))?;
     place.answers()?;
-    Ok(Stay {
-        place,
-        _peace: peace,
-    })
+    Ok(place)
 }
 
 fn edge_place(name: &str, transport: Transport) -> Result<Place> {
@@ -109,35 +126,34 @@ fn edge_place(name: &str, transport: Transport) -> Result<Place> {
         node: name.to_owned(),
         log_dir: log_dir(&edge.machine),
         story: Box::new(move || world.story(&edge)),
+        metrics_server: Box::new(|| MetricsServer::start(&world.bed, &world.cluster())),
     })
 }
 
-fn stock_place() -> Result<Place> {
+fn stock_place(name: &str) -> Result<Place> {
     let bed = Arc::new(Bed::scratch()?);
     let backbone = Backbone::build(&bed)?;
     let mut options = Options::new(K8S_1_37);
     options.bind = Some(bed.host_address());
     options.address_types = Some("InternalIP,Hostname".to_owned());
     let cluster = Cluster::start(&bed, options)?;
-    let peer = Peer::start(&backbone, &cluster, "stock", K8S_1_37, Flavour::Packaged)?;
+    let peer = Peer::start(&backbone, &cluster, name, K8S_1_37, Flavour::Packaged)?;
     let kubectl = cluster.kubectl.clone();
     wait_for("the stock kubelet's Node", SOON, || {
-        let node = kubectl.json(&["get", "node", "stock"])?;
+        let node = kubectl.json(&["get", "node", name])?;
         ensure!(condition(&node, "Ready") == Some("True"), "not Ready");
         Ok(())
     })
     .with_context(|| peer.kubelet.tail(20))?;
     let log_dir = log_dir(&peer.machine);
-    let whole = (peer, cluster, backbone, bed);
+    let whole = Arc::new((peer, cluster, backbone, bed));
+    let other = whole.clone();
     Ok(Place {
         kubectl,
-        node: "stock".to_owned(),
+        node: name.to_owned(),
         log_dir,
-        story: Box::new(move || {
-            // By way of a reference to all of it, so that all of it lives as long as the place.
-            let whole = &whole;
-            whole.0.kubelet.tail(20)
-        }),
+        story: Box::new(move || whole.0.kubelet.tail(20)),
+        metrics_server: Box::new(move || MetricsServer::start(&other.3, &other.1)),
     })
 }
 

@@ -215,16 +215,14 @@ fn debug_adds_a_container_that_sees_the_processes_of_another() -> Result<()> {
         "-c",
         "read word; echo $word; ps; sleep 1",
     ];
-    let ended = place
-        .kubectl
-        .pipe(&words, b"look\n".to_vec(), SOON)
-        .with_context(|| place.story())?
-        .ok()?;
-    let text = ended.text();
-    ensure!(
-        text.contains("look") && text.contains("sleep 1017"),
-        "{ended}"
-    );
+    // Its input stays open: a runtime takes its end for the attached one's leave.
+    let mut debug = place.kubectl.start(&words)?;
+    debug.say("look\n")?;
+    debug
+        .sees("sleep 1017", SOON)
+        .with_context(|| place.story())?;
+    let ended = debug.end(MOMENT)?.ok()?;
+    ensure!(ended.text().starts_with("look\n"), "{ended}");
     let object = place.kubectl.json(&["get", "pod", &pod])?;
     let status = &object["status"]["ephemeralContainerStatuses"][0];
     ensure!(status["name"] == "looks", "{}", object["status"]);

@@ -7,13 +7,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use testbed::edge::Transport;
-use testbed::metrics::MetricsServer;
 use testbed::wait::wait_for;
 use testbed::world::SOON;
 
-use super::{MOMENT, Place, place};
-use crate::world;
-
+use super::{MOMENT, Place, found, place};
 #[test]
 fn the_node_answers_what_it_is_asked_by_way_of_the_api_server() -> Result<()> {
     for transport in [Transport::Quic, Transport::Websocket] {
@@ -138,9 +135,9 @@ fn kubectl_proxy_leads_to_the_node() -> Result<()> {
 /// It asks with the rights of metrics-server's own manifest: `nodes/metrics`, and a token.
 #[test]
 fn kubectl_top_shows_nodes_and_pods() -> Result<()> {
-    let places = [place(Transport::Quic)?, place(Transport::Websocket)?];
-    let world = world()?;
-    let mut server = MetricsServer::start(&world.bed, &world.cluster())?;
+    let stay = place(Transport::Quic)?;
+    let places = [&*stay, found(Transport::Websocket)?];
+    let mut server = (places[0].metrics_server)()?;
     let mut pods = Vec::new();
     for place in &places {
         pods.push(place.shell("topped", "while :; do :; done")?);
