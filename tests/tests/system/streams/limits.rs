@@ -56,7 +56,7 @@ fn stands_still(name: &str, transport: Transport) -> Result<()> {
     // The command of an operator who comes now says what is wrong.
     let said = world.kubectl.run(&["exec", &quick, "--", "true"])?;
     ensure!(
-        said.code != 0 && said.stderr.contains("tunnels"),
+        said.code != 0 && said.stderr.contains("streams"),
         "{said:?}"
     );
 
@@ -112,7 +112,7 @@ fn open_all(kubelet: &Kubelet, pod: &str) -> Result<Vec<Body>> {
             Ok(body) => open.push(body),
             Err(refused) => {
                 ensure!(refused.status == 429, "{refused:?}");
-                ensure!(refused.body.contains("tunnels"), "{refused:?}");
+                ensure!(refused.body.contains("streams"), "{refused:?}");
                 ensure!(open.len() >= 60, "only {} are let in", open.len());
                 return Ok(open);
             }
