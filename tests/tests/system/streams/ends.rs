@@ -1,4 +1,7 @@
 //! Tunnels whose one end goes: kubectl, the link, cloudcore, edgecore, the enrolment.
+//!
+//! The kubectl here speaks WebSocket. One that speaks SPDY takes the loss of a stream for its good
+//! end and exits with 0, with a stock kubelet that is killed too (tried with 1.20 and 1.37).
 
 use std::time::{Duration, Instant};
 
