@@ -28,7 +28,7 @@ step "programs"
 cargo build --workspace --bins
 step "control planes (built once, then kept)"
 target=${CARGO_TARGET_DIR:-target}
-"$target/debug/testbed" build --k8s 1.37
+"$target/debug/testbed" build --k8s 1.37 --streams
 "$target/debug/testbed" build --k8s 1.33
 step "examples in the documentation"
 cargo test --workspace --doc --quiet

@@ -6,8 +6,10 @@
 //! `--build`. Gives one table. Each measure runs alone when it is named.
 //!
 //! ```text
-//!  Running, delete, edit ──► ten Pods on ──► rest: traffic, ──► one key, resume ──► hub with
-//!  (in turn with the peer)   each node       then memory                          hollow edges
+//!  Running, delete, edit ──► ten Pods on ──► rest: traffic, ──► one key, resume ──► execs, copies,
+//!  (in turn with the peer)   each node       then memory                            tunnels ──► a thin
+//!                                                                                   link ──► hub with
+//!                                                                                   hollow edges
 //! ```
 
 use std::io::Write;
@@ -22,11 +24,13 @@ use crate::bed::progress;
 
 pub mod admin;
 pub mod api;
+pub mod busy;
 pub mod hollow;
 pub mod hub;
 pub mod pods;
 pub mod quiet;
 pub mod rig;
+pub mod streams;
 pub mod table;
 pub mod wire;
 
@@ -52,6 +56,14 @@ pub enum Measure {
     Delete,
     /// From a ConfigMap's edit to the file in the Pod.
     Edit,
+    /// The round trip of an exec of `true`.
+    Exec,
+    /// Bytes a second of `kubectl cp` and `kubectl port-forward`.
+    Copy,
+    /// Memory after very many tunnels.
+    Leak,
+    /// How late a Pod's status is while a copy fills a thin link.
+    Busy,
     /// cloudcore's memory for each idle session.
     Hub,
 }
@@ -82,6 +94,15 @@ pub struct Flags {
     /// Hollow edges on each transport for the hub's memory.
     #[arg(long, default_value_t = 1000)]
     pub sessions: u32,
+    /// Execs of `true` on each side, in turn.
+    #[arg(long, default_value_t = 100)]
+    pub execs: u32,
+    /// Tunnels opened and closed on each transport before memory is read again.
+    #[arg(long, default_value_t = 10_000)]
+    pub tunnels: u32,
+    /// Pods on each transport whose end is timed while a copy fills the link: about one a second.
+    #[arg(long, default_value_t = 75)]
+    pub statuses: u32,
     /// Measure the stock kubelet alone.
     #[arg(long, conflicts_with = "no_peer")]
     pub peer_only: bool,
@@ -103,13 +124,15 @@ impl Flags {
     }
 
     fn parts(&self) -> Parts {
-        use Measure::{Delete, Edit, Idle, Key, Memory, Resume, Running};
-        let nodes = self.wants_any(&[Running, Delete, Edit, Memory, Idle, Key, Resume]);
+        use Measure::{Busy, Copy, Delete, Edit, Exec, Idle, Key, Leak, Memory, Resume, Running};
+        let beside =
+            self.wants_any(&[Running, Delete, Edit, Memory, Idle, Key, Resume, Exec, Copy]);
+        let both = self.wants_any(&[Idle, Key, Resume, Exec, Copy, Leak, Busy]);
         Parts {
             cloud: !self.peer_only,
-            quic: !self.peer_only && nodes,
-            websocket: !self.peer_only && self.wants_any(&[Idle, Key, Resume]),
-            peer: !self.no_peer && nodes,
+            quic: !self.peer_only && (beside || both),
+            websocket: !self.peer_only && both,
+            peer: !self.no_peer && beside,
         }
     }
 }
@@ -170,6 +193,19 @@ fn measured(flags: &Flags, rig: &mut Rig, rows: &mut Vec<Row>) {
                 &error,
             )]),
         }
+    }
+    if flags.wants(Measure::Exec) {
+        add(streams::execs(flags, rig));
+    }
+    if flags.wants(Measure::Copy) {
+        add(streams::copies(rig));
+    }
+    if flags.wants(Measure::Leak) && !flags.peer_only {
+        add(streams::leaks(flags, rig));
+    }
+    // Both nodes stay behind a thin link afterwards.
+    if flags.wants(Measure::Busy) && !flags.peer_only {
+        add(busy::statuses(flags, rig));
     }
     if flags.wants(Measure::Hub) && !flags.peer_only {
         add(hub::sessions(flags, rig));
@@ -266,5 +302,8 @@ mod tests {
         assert!(parts.peer && !parts.cloud && !parts.quic && !parts.websocket);
         let parts = parsed(&["hub"]).parts();
         assert!(parts.cloud && !parts.quic && !parts.peer);
+        let parts = parsed(&["busy"]).parts();
+        assert!(parts.quic && parts.websocket && !parts.peer);
+        assert!(parsed(&["exec"]).parts().peer);
     }
 }

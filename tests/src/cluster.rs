@@ -4,7 +4,7 @@
 //! Only cloudcore and kubectl talk to the API server; no edge can reach it.
 
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,6 +28,9 @@ pub struct Options {
     pub release: Release,
     /// `--kubelet-preferred-address-types`; absent means the server's own default.
     pub address_types: Option<String>,
+    /// `--kubelet-certificate-authority`: the cluster's CA, with which the controller manager signs
+    /// for `kubernetes.io/kubelet-serving`.
+    pub verify_kubelets: bool,
     /// Further flags of kube-apiserver.
     pub api_flags: Vec<String>,
     /// Further flags of kube-controller-manager.
@@ -41,6 +44,7 @@ impl Options {
         Options {
             release,
             address_types: None,
+            verify_kubelets: false,
             api_flags: Vec::new(),
             manager_flags: Vec::new(),
             bind: None,
@@ -133,9 +137,32 @@ impl Cluster {
         format!("https://{}:{}", self.address, self.port)
     }
 
+    /// Where the API server listens.
+    pub fn api_address(&self) -> SocketAddr {
+        SocketAddr::from((self.address, self.port))
+    }
+
     /// The cluster's CA certificate file.
     pub fn ca_file(&self) -> &Path {
         &self.files.ca.cert
+    }
+
+    /// The certificate that the API server shows to kubelets.
+    pub fn kubelet_client(&self) -> &Pair {
+        &self.files.kubelet_client
+    }
+
+    /// A client certificate of another user, of the cluster's CA.
+    pub fn certificate(&self, name: &str, groups: &[&str]) -> Result<Pair> {
+        let file = format!("client-{}", name.replace([':', '/'], "-"));
+        self.files.ca.issue(&file, (name, groups), &[], &[])
+    }
+
+    /// A client certificate of the same name as the API server's, of a CA that nobody here trusts.
+    pub fn forged_certificate(&self) -> Result<Pair> {
+        let forger = Authority::build(&self.dir, "forger")?;
+        let subject = ("kube-apiserver-kubelet-client", &["system:masters"][..]);
+        forger.issue("forged-client", subject, &[], &[])
     }
 
     /// A kubeconfig of another user, with a certificate of the cluster's CA.
@@ -277,6 +304,10 @@ impl Cluster {
         ];
         if let Some(types) = &self.options.address_types {
             flags.push(format!("--kubelet-preferred-address-types={types}"));
+        }
+        if self.options.verify_kubelets {
+            let ca = files.ca.cert.display();
+            flags.push(format!("--kubelet-certificate-authority={ca}"));
         }
         flags.extend(self.options.api_flags.iter().cloned());
         flags

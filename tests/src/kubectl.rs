@@ -3,9 +3,12 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
+
+use crate::running::{Ended, Running};
 
 /// What a kubectl said.
 #[derive(Debug, Clone)]
@@ -20,6 +23,8 @@ pub struct Said {
 pub struct Kubectl {
     pub program: PathBuf,
     pub kubeconfig: PathBuf,
+    /// Its environment beside what it inherits.
+    pub variables: Vec<(&'static str, &'static str)>,
 }
 
 impl Kubectl {
@@ -27,7 +32,15 @@ impl Kubectl {
         Kubectl {
             program: program.to_owned(),
             kubeconfig: kubeconfig.to_owned(),
+            variables: Vec::new(),
         }
+    }
+
+    /// The same with another variable, such as one that turns a protocol off.
+    pub fn with_variable(&self, name: &'static str, value: &'static str) -> Kubectl {
+        let mut other = self.clone();
+        other.variables.push((name, value));
+        other
     }
 
     /// A command with the kubeconfig set, for callers that stream.
@@ -37,8 +50,21 @@ impl Kubectl {
             .arg("--kubeconfig")
             .arg(&self.kubeconfig)
             .args(words)
+            .envs(self.variables.iter().copied())
             .stdin(Stdio::null());
         command
+    }
+
+    /// Starts it and leaves it running.
+    pub fn start(&self, words: &[&str]) -> Result<Running> {
+        Running::start(&mut self.command(words))
+    }
+
+    /// Runs it to its end, which must come within `limit`, with bytes on its standard input.
+    pub fn pipe(&self, words: &[&str], input: Vec<u8>, limit: Duration) -> Result<Ended> {
+        let mut running = self.start(words)?;
+        running.feed(input)?;
+        running.end(limit)
     }
 
     /// Runs it and gives what it said, whatever that is.

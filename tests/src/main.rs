@@ -8,7 +8,7 @@ use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use testbed::cluster::Options;
 use testbed::holder::{self, MachineSpec};
-use testbed::programs::{K8S_1_33, K8S_1_37, Release};
+use testbed::programs::{self, K8S_1_33, K8S_1_37, METRICS_SERVER, Release};
 use testbed::{bed, bench, quickstart};
 
 #[derive(Parser)]
@@ -27,6 +27,9 @@ enum Word {
         /// Also the kubelet and the containerd that the benchmark compares with.
         #[arg(long)]
         peers: bool,
+        /// Also what the tests of kubectl's streams use: an old kubectl and the metrics-server.
+        #[arg(long)]
+        streams: bool,
     },
     /// Start a control plane (unless KUBECONFIG names one), cloudcore, one edge and an example.
     Up(Place),
@@ -125,7 +128,17 @@ fn main() -> ExitCode {
 
 fn run(word: Word) -> Result<i32> {
     match word {
-        Word::Build { k8s, peers } => quickstart::build(Options::new(k8s.release()), peers)?,
+        Word::Build {
+            k8s,
+            peers,
+            streams,
+        } => {
+            quickstart::build(Options::new(k8s.release()), peers)?;
+            if streams {
+                programs::ensure_debian_kubectl()?;
+                programs::ensure("metrics-server", METRICS_SERVER)?;
+            }
+        }
         Word::Up(place) => quickstart::up(&place.state, &place.example)?,
         Word::Down(place) => quickstart::down(&place.state, &place.example)?,
         Word::Bench(flags) => return bench::run(&flags),

@@ -6,6 +6,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
@@ -110,6 +111,7 @@ impl Backbone {
         let dir = self.bed.dir.join("machines").join(name);
         fs::create_dir_all(&dir)?;
         let router = self.router(number)?;
+        let outside = Ipv4Addr::new(198, 18, self.bed.number, 10 + number);
         let cgroup = format!("{}/{name}", self.bed.link());
         let name = name.to_owned();
         let space = plug_in(&self.bed, &name, &dir, &cgroup, &router)?;
@@ -118,6 +120,7 @@ impl Backbone {
             dir,
             bed: self.bed.clone(),
             cgroup,
+            outside,
             space: Some(space),
             router,
         })
@@ -197,6 +200,7 @@ pub struct Machine {
     pub dir: PathBuf,
     bed: Arc<Bed>,
     cgroup: String,
+    outside: Ipv4Addr,
     /// Absent only while it is switched off.
     space: Option<Space>,
     router: Space,
@@ -297,6 +301,37 @@ impl Machine {
             "route add default via {}",
             self.bed.host_address()
         ))
+    }
+
+    /// Lets the host dial a TCP port of the machine at its router's outside address, which it gives:
+    /// what a node of a data centre has and an edge has not. The machine owns the address too, so
+    /// that its kubelet may report it.
+    pub fn expose(&self, port: u16) -> Result<Ipv4Addr> {
+        let address = self.outside;
+        for rule in [
+            format!(
+                "-t nat -A PREROUTING -i wan -p tcp --dport {port} -j DNAT --to-destination {EDGE_ADDRESS}:{port}"
+            ),
+            format!("-A FORWARD -i wan -o lan -p tcp --dport {port} -j ACCEPT"),
+        ] {
+            self.router.iptables(&rule)?;
+        }
+        let space = self.space.as_ref().context("the machine is switched off")?;
+        space.ip(&format!("address add {address}/32 dev lo"))?;
+        Ok(address)
+    }
+
+    /// Leads what the machine sends to one port, UDP and TCP, to another: new flows only. A relay
+    /// between a device and its cloud is not seen by either.
+    pub fn divert(&self, from: SocketAddr, to: SocketAddr) -> Result<()> {
+        for protocol in ["udp", "tcp"] {
+            self.router.iptables(&format!(
+                "-t nat -A PREROUTING -i lan -p {protocol} -d {} --dport {} -j DNAT --to-destination {to}",
+                from.ip(),
+                from.port()
+            ))?;
+        }
+        Ok(())
     }
 
     /// What has crossed the router's outside so far.

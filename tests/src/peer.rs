@@ -1,7 +1,9 @@
 //! A stock kubelet on a machine of the testbed: the peer that figures are compared with.
 //!
 //! Its API server must listen where the machine can reach it: `Options::bind` of the cluster is
-//! the testbed's host address then.
+//! the testbed's host address then. And it must reach the kubelet: its port is open at the outside
+//! address of the machine's router, which is the node's InternalIP, and
+//! `Options::address_types` says InternalIP first, since no resolver knows the node's name.
 
 use std::fs;
 use std::path::PathBuf;
@@ -13,6 +15,9 @@ use crate::cluster::Cluster;
 use crate::containerd::{Containerd, Flavour, SOCKET};
 use crate::netns::{Backbone, Inside, Machine};
 use crate::programs::{self, Release};
+
+/// Where every kubelet listens.
+const KUBELET_PORT: u16 = 10250;
 
 /// A kubelet on a machine of its own. Dropping it pulls the machine's plug.
 pub struct Peer {
@@ -42,6 +47,7 @@ impl Peer {
         fs::create_dir_all(&dir)?;
         let config = write_config(&dir, cluster)?;
         write_network(&machine)?;
+        let address = machine.expose(KUBELET_PORT)?;
         let program = programs::ensure("kubelet", release)?;
         let program = program.to_str().context("path of the kubelet")?.to_owned();
         let kubelet = machine.spawn(&program, |command| {
@@ -51,6 +57,7 @@ impl Peer {
                 .arg("--kubeconfig")
                 .arg(&kubeconfig);
             command.arg(format!("--hostname-override={name}"));
+            command.arg(format!("--node-ip={address}"));
         })?;
         Ok(Peer {
             name: name.to_owned(),

@@ -4,6 +4,7 @@
 //! A program that is found must say the wanted minor version; a distribution's `kubectl` of another
 //! age is passed over. Builds are pinned by the committed go.sum, stamped with their version
 //! (an unstamped one calls itself v0.0.0-master) and serialized between processes by a file lock.
+//! The one program that is not built is Debian's own old kubectl: it is taken out of its package.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::bed::progress;
+use crate::bed::{progress, run};
 
 /// A release of a Go module that programs are built from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +55,19 @@ pub const CONTAINERD: Release = Release {
     package: "github.com/containerd/containerd/v2/cmd/*",
     stamped: &["github.com/containerd/containerd/v2/version"],
 };
+
+/// What serves `kubectl top`. Its version is stamped into packages of its libraries by its own
+/// Makefile; nothing asks for it here.
+pub const METRICS_SERVER: Release = Release {
+    version: "0.9.0",
+    module: "metrics-server",
+    package: "sigs.k8s.io/metrics-server/cmd/*",
+    stamped: &[],
+};
+
+/// Debian's package with a kubectl of 1.20, the last that many a distribution ships: it speaks SPDY
+/// only.
+const DEBIAN_KUBECTL: &str = "kubernetes-client";
 
 /// The Go that `controlplane/*/go.mod` ask for.
 const GO: (u32, u32) = (1, 26);
@@ -100,6 +114,54 @@ pub fn ensure(name: &str, release: Release) -> Result<PathBuf> {
         build(name, release, &path)?;
     }
     Ok(path)
+}
+
+/// Debian's own kubectl, taken out of its package and kept in the cache: the machine may have a
+/// `kubectl` of somebody else's, and is not changed.
+pub fn ensure_debian_kubectl() -> Result<PathBuf> {
+    let dir = cache()?.join(DEBIAN_KUBECTL);
+    let path = dir.join("usr/bin/kubectl");
+    if path.is_file() {
+        return Ok(path);
+    }
+    let turn = File::create(cache()?.join("lock"))?;
+    turn.lock()?;
+    if path.is_file() {
+        return Ok(path);
+    }
+    progress(&format!(
+        "fetching Debian's {DEBIAN_KUBECTL} (once; it is kept)"
+    ));
+    let unfinished = dir.with_extension("unfinished");
+    let _ = fs::remove_dir_all(&unfinished);
+    fs::create_dir_all(&unfinished)?;
+    let package = download(&unfinished)
+        .context("the tests need the kubectl of Debian's package kubernetes-client")?;
+    run(Command::new("dpkg-deb")
+        .arg("-x")
+        .arg(&package)
+        .arg(&unfinished))?;
+    fs::remove_file(package)?;
+    fs::rename(&unfinished, &dir)?;
+    ensure!(path.is_file(), "{DEBIAN_KUBECTL} has no usr/bin/kubectl");
+    Ok(path)
+}
+
+/// The package's file. A new machine has no lists of packages yet.
+fn download(dir: &Path) -> Result<PathBuf> {
+    let fetch = || {
+        run(Command::new("apt-get")
+            .current_dir(dir)
+            .args(["download", "-qq", DEBIAN_KUBECTL]))
+    };
+    if fetch().is_err() {
+        run(Command::new("apt-get").args(["update", "-qq"]))?;
+        fetch()?;
+    }
+    let mut files = fs::read_dir(dir)?.flatten().map(|entry| entry.path());
+    files
+        .find(|path| path.extension().is_some_and(|kind| kind == "deb"))
+        .context("apt-get download left no file")
 }
 
 /// A program that the distribution installed.

@@ -8,7 +8,9 @@
 //!
 //! A datagram that is lost or finds the link's queue full is gone. TCP never loses: a chunk that is
 //! "lost" arrives one retransmission later, and a full queue stops the reader, as TCP's own window
-//! would. A relay that is cut swallows everything and says nothing.
+//! would. The queue before a rate is as long as a good router's, [`STANDING`]: what a sender holds
+//! back is then what it can still put in another order. A relay that is cut swallows everything and
+//! says nothing.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -20,6 +22,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use socket2::SockRef;
 
 use crate::bed::lock;
 use crate::netns::Traffic;
@@ -59,6 +62,13 @@ const QUEUE: usize = 256;
 
 /// A UDP flow that was silent for so long is forgotten, as a NAT would.
 const FORGET: Duration = Duration::from_secs(180);
+
+/// How far ahead of its rate a link may be. Longer queues are the fault of bad routers, and whatever
+/// is in them is beyond anybody's priorities.
+const STANDING: Duration = Duration::from_millis(100);
+
+/// What the kernel may hold of a connection before the relay reads it: it stands in the same queue.
+const UNREAD: usize = 64 * 1024;
 
 /// What a lost TCP segment costs: the least retransmission timeout of Linux.
 const RETRANSMISSION: Duration = Duration::from_millis(200);
@@ -117,6 +127,12 @@ impl Pace {
         }
     }
 
+    /// How long a chunk that came now would wait for those before it.
+    fn standing(&self, now: Instant) -> Duration {
+        self.free_at
+            .map_or(Duration::ZERO, |free| free.saturating_duration_since(now))
+    }
+
     /// xorshift64 (Marsaglia, 2003).
     fn roll(&mut self) -> u64 {
         self.dice ^= self.dice << 13;
@@ -147,6 +163,12 @@ impl Shared {
             Way::Down => shape.down,
         };
         lock(&self.lane(way).pace).fate(size, Instant::now(), shape)
+    }
+
+    /// How much longer than it should be the queue of that direction is.
+    fn excess(&self, way: Way) -> Duration {
+        let standing = lock(&self.lane(way).pace).standing(Instant::now());
+        standing.saturating_sub(STANDING)
     }
 
     fn count(&self, way: Way, size: usize) {
@@ -284,6 +306,9 @@ type Datagrams = SyncSender<(Instant, Vec<u8>)>;
 
 /// Queues a datagram, or drops it; false when its flow has ended.
 fn offer(shared: &Shared, way: Way, queue: &Datagrams, bytes: &[u8]) -> bool {
+    if shared.excess(way) > Duration::ZERO {
+        return true;
+    }
     let fate = shared.fate(way, bytes.len());
     if fate.lost || shared.is_cut() {
         return true;
@@ -363,6 +388,7 @@ fn connect(client: &TcpStream, shared: &Arc<Shared>) -> Result<()> {
     for stream in [client, &cloud] {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(LOOK))?;
+        SockRef::from(stream).set_recv_buffer_size(UNREAD)?;
     }
     for (way, from, to) in [(Way::Up, client, &cloud), (Way::Down, &cloud, client)] {
         let (from, to) = (from.try_clone()?, to.try_clone()?);
@@ -391,6 +417,7 @@ fn read_chunks(
             std::thread::sleep(LOOK);
             continue;
         }
+        std::thread::sleep(shared.excess(way));
         let size = match from.read(&mut buffer) {
             Ok(0) => return,
             Ok(size) => size,
@@ -465,6 +492,16 @@ mod tests {
         for _ in 0..3 {
             assert_eq!(pace.fate(100, now, slow(50, None)).arrives, now + MS(50));
         }
+    }
+
+    #[test]
+    fn the_queue_before_a_rate_is_as_long_as_what_waits_in_it() {
+        let now = Instant::now();
+        let mut pace = Pace::default();
+        assert_eq!(pace.standing(now), MS(0));
+        pace.fate(300, now, slow(50, Some(1000)));
+        assert_eq!(pace.standing(now), MS(300));
+        assert_eq!(pace.standing(now + MS(400)), MS(0));
     }
 
     #[test]

@@ -4,6 +4,7 @@
     reason = "a test ends where it finds something wrong"
 )]
 
+use std::io::Read;
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::path::Path;
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use testbed::bed::Bed;
 use testbed::containerd::{Containerd, Flavour};
 use testbed::images::BUSYBOX;
 use testbed::netns::{Backbone, Machine};
+use testbed::relay::{Relay, Shape};
 use testbed::wait::wait_for;
 
 /// The address that the host sees when the machine opens a TCP connection to it; `None` if that
@@ -94,6 +96,41 @@ fn a_link_loses_udp_or_everything_and_comes_back() {
     machine.change_address(200).unwrap();
     let from = dials(&machine, &listener).expect("the way out is open");
     assert_eq!(from, format!("198.18.{}.200", bed.number));
+}
+
+#[test]
+fn a_relay_stands_between_a_machine_and_its_cloud_and_neither_sees_it() {
+    let bed = Arc::new(Bed::scratch().unwrap());
+    let backbone = Backbone::build(&bed).unwrap();
+    let machine = backbone.machine("edge-1").unwrap();
+    let listener = TcpListener::bind((bed.host_address(), 0)).unwrap();
+    let cloud = listener.local_addr().unwrap();
+    let relay = Relay::start(bed.host_address(), cloud, Shape::default()).unwrap();
+    machine.divert(cloud, relay.address()).unwrap();
+    let from = dials(&machine, &listener).expect("the way out is open");
+    assert_eq!(from, bed.host_address().to_string(), "the relay dialled");
+}
+
+#[test]
+fn a_port_that_a_machine_exposes_can_be_dialled_and_no_other() {
+    let bed = Arc::new(Bed::scratch().unwrap());
+    let backbone = Backbone::build(&bed).unwrap();
+    let machine = backbone.machine("node-1").unwrap();
+    let address = machine.expose(7).unwrap();
+    assert_eq!(address, Ipv4Addr::new(198, 18, bed.number, 11));
+    let mut server = machine.command("busybox").unwrap();
+    let mut server = server
+        .args(["nc", "-ll", "-p", "7", "-e", "busybox", "echo", "hello"])
+        .spawn()
+        .unwrap();
+    let dial = |port| TcpStream::connect_timeout(&(address, port).into(), Duration::from_secs(1));
+    let stream = wait_for("the port", Duration::from_secs(10), || Ok(dial(7)?)).unwrap();
+    let mut said = String::new();
+    (&stream).read_to_string(&mut said).unwrap();
+    assert_eq!(said, "hello\n");
+    assert!(dial(8).is_err(), "another port was dialled");
+    let _ = server.kill();
+    let _ = server.wait();
 }
 
 #[test]

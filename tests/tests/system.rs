@@ -32,6 +32,8 @@ mod pods;
 mod recovery;
 #[path = "system/revoke.rs"]
 mod revoke;
+#[path = "system/streams.rs"]
+mod streams;
 #[path = "system/trust.rs"]
 mod trust;
 

@@ -168,14 +168,14 @@ fn send(
 
 /// What an answer's header says of its body.
 #[derive(Debug, PartialEq, Eq)]
-struct Head {
-    status: u16,
-    length: Option<u64>,
-    chunked: bool,
+pub(crate) struct Head {
+    pub(crate) status: u16,
+    pub(crate) length: Option<u64>,
+    pub(crate) chunked: bool,
 }
 
 impl Head {
-    fn read(stream: &mut impl BufRead) -> Result<Head> {
+    pub(crate) fn read(stream: &mut impl BufRead) -> Result<Head> {
         let mut line = String::new();
         stream.read_line(&mut line)?;
         let status = line.split(' ').nth(1).and_then(|word| word.parse().ok());
@@ -203,14 +203,14 @@ impl Head {
 }
 
 /// A body in chunks (RFC 9112, section 7.1) as plain bytes.
-struct Chunks<R> {
+pub(crate) struct Chunks<R> {
     stream: R,
     left: u64,
     ended: bool,
 }
 
 impl<R: BufRead> Chunks<R> {
-    fn new(stream: R) -> Chunks<R> {
+    pub(crate) fn new(stream: R) -> Chunks<R> {
         Chunks {
             stream,
             left: 0,

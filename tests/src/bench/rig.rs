@@ -16,6 +16,7 @@ use crate::edge::{Edge, Transport};
 use crate::netns::{Backbone, Machine};
 use crate::peer::Peer;
 use crate::programs::K8S_1_37;
+use crate::relay::{Relay, Shape};
 use crate::wait::wait_for;
 use crate::world::condition;
 
@@ -75,6 +76,8 @@ impl Rig {
         let mut options = Options::new(K8S_1_37);
         // A kubelet dials the API server itself, so that must be where its machine can reach it.
         options.bind = Some(bed.host_address());
+        // And it dials the kubelet, whose name no resolver knows.
+        options.address_types = Some("InternalIP,Hostname".to_owned());
         let cluster = Cluster::start(&bed, options)?;
         let mut rig = Rig {
             quic: None,
@@ -142,6 +145,38 @@ impl Rig {
             ready.with_context(|| self.story())?;
         }
         Ok(())
+    }
+
+    /// Puts a link of that shape before one of our nodes, whose agent dials anew over it. The link is
+    /// there for as long as the relay, and the agent has no other one afterwards.
+    pub fn slow_down(&mut self, side: Side, shape: Shape) -> Result<Relay> {
+        let cloud = self.cloud.as_ref().context("no cloudcore runs")?.address;
+        let relay = Relay::start(self._bed.host_address(), cloud, shape)?;
+        let edge = match side {
+            Side::Quic => self.quic.as_mut(),
+            Side::Websocket => self.websocket.as_mut(),
+            Side::Peer => None,
+        };
+        let edge = edge.context("no such node of ours")?;
+        edge.machine.divert(cloud, relay.address())?;
+        edge.stop()?;
+        edge.start()?;
+        let path = format!("/api/v1/nodes/{}/proxy/healthz", edge.name);
+        let kubectl = &self.cluster.kubectl;
+        wait_for("the node behind its link", Duration::from_secs(90), || {
+            ensure!(relay.carried().up > 0, "nothing crosses the link");
+            kubectl.ok(&["get", "--raw", &path])
+        })
+        .with_context(|| self.story())?;
+        Ok(relay)
+    }
+
+    /// The node of that side, if it runs.
+    pub fn node(&self, side: Side) -> Result<Node<'_>> {
+        let mut nodes = self.nodes().into_iter();
+        nodes
+            .find(|node| node.side == side)
+            .with_context(|| format!("{} does not run", side.word()))
     }
 
     /// Fails with the log of the first agent that has ended.

@@ -65,7 +65,7 @@ impl Row {
         }
     }
 
-    /// Fills in both sides of a figure that is better when smaller, and their ratio.
+    /// Fills in both sides of a figure, and their ratio.
     pub fn beside(mut self, ours: Option<f64>, peer: Option<f64>, show: fn(f64) -> String) -> Row {
         let text = |value: Option<f64>| value.map_or("-".to_owned(), show);
         (self.ours, self.peer) = (text(ours), text(peer));
@@ -83,6 +83,17 @@ impl Row {
             self.verdict = Verdict::of(ours <= limit);
         }
         self
+    }
+
+    /// Fills in both sides of a rate in bytes a second, better when larger, and judges ours: it is
+    /// at least `limit`, or at least that part of the peer's.
+    pub fn rated(self, ours: Option<f64>, peer: Option<f64>, limit: f64, part: f64) -> Row {
+        let mut row = self.beside(ours, peer, show_rate);
+        if let Some(ours) = ours {
+            let beside_peer = peer.is_some_and(|peer| ours >= part * peer);
+            row.verdict = Verdict::of(ours >= limit || beside_peer);
+        }
+        row
     }
 
     /// The row alone.
@@ -199,9 +210,26 @@ pub fn show_bytes(value: f64) -> String {
     }
 }
 
+pub fn show_rate(value: f64) -> String {
+    format!("{:.0} MB/s", value / 1e6)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_rate_is_good_by_itself_or_beside_the_peers() {
+        for (ours, peer, want) in [
+            (160e6, Some(900e6), Verdict::Pass),
+            (80e6, Some(100e6), Verdict::Pass),
+            (60e6, Some(100e6), Verdict::Fail),
+            (149e6, None, Verdict::Fail),
+        ] {
+            let row = Row::new("m", "b").rated(Some(ours), peer, 150e6, 0.7);
+            assert_eq!(row.verdict, want, "{ours} {peer:?}");
+        }
+    }
 
     #[test]
     fn quantiles_are_samples_by_nearest_rank() {
