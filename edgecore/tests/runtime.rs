@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use common::stream::request::LogOptions;
 use edgecore::pods::jobs::Paths;
-use edgecore::stream::logs::{self, Part};
+use edgecore::stream::logs::{self, Log, Part};
 use edgecore::stream::stats::{self, Gatherer};
 use futures::StreamExt as _;
 use rig::{Agent, Containerd, Kept, phase, pod};
@@ -227,15 +227,22 @@ async fn a_log_is_followed_across_a_rotation_and_the_container_is_measured() {
     let key = kept.put(&spec);
     let (report, _) = kept.until("running", &key, |r| phase(r) == "Running").await;
 
-    let spec = serde_json::from_value(spec).unwrap();
-    let status = serde_json::from_value(report.status).unwrap();
-    let id = logs::instance(&spec, &status, "main", false).unwrap();
+    let id = report.status["containerStatuses"][0]["containerID"]
+        .as_str()
+        .unwrap();
+    let id = id.strip_prefix("containerd://").unwrap().to_owned();
     let paths = Paths {
         pod_logs: containerd.dir.join("log/pods"),
         ..Paths::default()
     };
     let cri = containerd.client();
-    let log = logs::locate(&*cri, &paths, &id).await.unwrap();
+    let log = Log {
+        dir: paths
+            .pod_logs
+            .join("default_talker_44444444-aaaa")
+            .join("main"),
+        attempt: 0,
+    };
     let options = LogOptions {
         follow: true,
         ..LogOptions::default()

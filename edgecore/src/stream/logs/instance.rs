@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::cri::Runtime;
-use crate::cri::convert::{self, Run};
+use crate::cri::convert;
+use crate::pods::seen::Run;
 
 /// Between two questions whether a container that somebody follows still runs.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
