@@ -4,6 +4,8 @@
 
 #[path = "runtime/rig.rs"]
 mod rig;
+#[path = "runtime/streams.rs"]
+mod streams;
 
 use std::time::Duration;
 

@@ -130,11 +130,16 @@ fn word(pod: &Pod) -> String {
         };
     }
     let containers = list(|s: &k8s_openapi::api::core::v1::PodStatus| &s.container_statuses);
-    let reasons = containers
-        .iter()
-        .rev()
-        .filter_map(|c| why(c.state.as_ref()));
-    reasons.last().unwrap_or(phase)
+    let reason = containers.iter().find_map(|c| why(c.state.as_ref()));
+    match reason {
+        // One that ended beside one that runs says nothing of the Pod.
+        Some(reason) if reason == "Completed" && phase == "Running" => {
+            let ready = containers.iter().any(|c| c.ready);
+            if ready { "Running" } else { "NotReady" }.into()
+        }
+        Some(reason) => reason,
+        None => phase,
+    }
 }
 
 /// Why a container does not run.
@@ -161,12 +166,12 @@ fn age(from: Timestamp, now: Timestamp) -> String {
     };
     match seconds {
         0..120 => format!("{seconds}s"),
-        ..600 => both(minutes, "m", seconds % 60, "s"),
-        ..10_800 => format!("{minutes}m"),
-        ..28_800 => both(hours, "h", minutes % 60, "m"),
-        ..172_800 => format!("{hours}h"),
-        ..691_200 => both(days, "d", hours % 24, "h"),
-        ..63_072_000 => format!("{days}d"),
+        120..600 => both(minutes, "m", seconds % 60, "s"),
+        600..10_800 => format!("{minutes}m"),
+        10_800..28_800 => both(hours, "h", minutes % 60, "m"),
+        28_800..172_800 => format!("{hours}h"),
+        172_800..691_200 => both(days, "d", hours % 24, "h"),
+        691_200..63_072_000 => format!("{days}d"),
         _ => both(days / 365, "y", days % 365, "d"),
     }
 }

@@ -243,13 +243,16 @@ fn daemon(dir: &Path) -> Child {
 }
 
 /// What the tests call their Pods: a test that failed leaves cgroups under these names.
-pub(crate) const UIDS: [&str; 6] = [
+pub(crate) const UIDS: [&str; 9] = [
     "11111111-aaaa",
     "22222222-aaaa",
     "22222222-bbbb",
     "33333333-aaaa",
     "33333333-bbbb",
     "44444444-aaaa",
+    "44444444-bbbb",
+    "44444444-cccc",
+    "44444444-dddd",
 ];
 
 impl Drop for Containerd {

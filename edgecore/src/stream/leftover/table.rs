@@ -238,11 +238,15 @@ mod tests {
         ]
     }
 
+    /// What it is about, the other execs, further processes; the process that is meant, or how many
+    /// could be.
+    type Case = (&'static str, Vec<Started>, Vec<Process>, Result<i32, usize>);
+
     #[test]
     fn which_process_an_exec_started() {
         let mine = || exec(7, 100, "sleep 1000");
         let rival = |asked| vec![exec(1, asked, "sleep 1000")];
-        let cases: Vec<(&str, Vec<Started>, Vec<Process>, Result<i32, usize>)> = vec![
+        let cases: Vec<Case> = vec![
             ("nothing but what was there", vec![], vec![], Err(0)),
             (
                 "its own",
