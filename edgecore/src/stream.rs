@@ -253,8 +253,7 @@ impl NodeApi {
             Metrics::Agent => self.deps.stats.agent().await,
             Metrics::Cadvisor => self.deps.stats.cadvisor().await,
             Metrics::Resource => self.deps.stats.resource().await,
-            // There are no probes in this version, so there is nothing to count.
-            Metrics::Probes => String::new(),
+            Metrics::Probes => metrics::PROBES.into(),
         }
     }
 }

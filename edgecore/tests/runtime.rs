@@ -222,7 +222,7 @@ async fn a_log_is_followed_across_a_rotation_and_the_container_is_measured() {
     let agent = Agent::start(containerd.client(), &containerd.dir, &kept);
     let mut spec = pod(
         "talker",
-        "44444444-aaaa",
+        "55555555-aaaa",
         &format!("n=0; while test $n -lt {LINES}; do n=$((n+1)); echo line $n; sleep 0.01; done"),
     );
     spec["spec"]["restartPolicy"] = json!("Never");
@@ -241,7 +241,7 @@ async fn a_log_is_followed_across_a_rotation_and_the_container_is_measured() {
     let log = Log {
         dir: paths
             .pod_logs
-            .join("default_talker_44444444-aaaa")
+            .join("default_talker_55555555-aaaa")
             .join("main"),
         attempt: 0,
     };
@@ -281,7 +281,7 @@ async fn a_log_is_followed_across_a_rotation_and_the_container_is_measured() {
             && resource.contains("\nscrape_error 0\n")
     );
     let measured = &summary["pods"][0];
-    assert_eq!(measured["podRef"]["uid"], "44444444-aaaa");
+    assert_eq!(measured["podRef"]["uid"], "55555555-aaaa");
     assert!(
         measured["memory"]["workingSetBytes"].as_u64().unwrap() > 0,
         "{summary:#}"

@@ -243,7 +243,7 @@ fn daemon(dir: &Path) -> Child {
 }
 
 /// What the tests call their Pods: a test that failed leaves cgroups under these names.
-pub(crate) const UIDS: [&str; 9] = [
+pub(crate) const UIDS: [&str; 10] = [
     "11111111-aaaa",
     "22222222-aaaa",
     "22222222-bbbb",
@@ -253,6 +253,7 @@ pub(crate) const UIDS: [&str; 9] = [
     "44444444-bbbb",
     "44444444-cccc",
     "44444444-dddd",
+    "55555555-aaaa",
 ];
 
 impl Drop for Containerd {

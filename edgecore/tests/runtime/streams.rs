@@ -5,7 +5,9 @@ use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 
 use edgecore::admin::{self, Shown};
+use edgecore::pods::jobs::Paths;
 use edgecore::stream::leftover::Leftovers;
+use edgecore::stream::stats::{self, Gatherer};
 use edgecore::stream::{self, NodeApi, serve};
 use futures::{SinkExt as _, StreamExt as _};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
@@ -37,7 +39,16 @@ impl Api {
         let kept = Kept::new();
         let agent = Agent::start(containerd.client(), &containerd.dir, &kept);
         let (leftovers, reaper) = Leftovers::build();
+        let stats = Gatherer::new(stats::Deps {
+            cri: containerd.client(),
+            cgroups: agent.handle.cgroups(),
+            desired: kept.desired.clone(),
+            paths: Paths::default(),
+            data_dir: containerd.dir.clone(),
+            node: "edge-1".into(),
+        });
         let api = NodeApi::build(stream::Deps {
+            stats,
             cri: containerd.client(),
             desired: kept.desired.clone(),
             reports: kept.reports.clone(),

@@ -85,7 +85,7 @@ impl Follower {
         assert_eq!(got, want);
     }
 
-    async fn is_over(mut self) {
+    async fn ends(mut self) {
         let _ = self.end.send(());
         let over = timeout(Duration::from_secs(10), self.bytes.recv()).await;
         assert_eq!(over.expect("a log ends with its container"), None);
@@ -124,7 +124,7 @@ async fn a_follower_reads_what_comes_until_the_container_ends() {
     follower.reads("ee\n").await;
     container.append("0.log", &out("last"));
     follower.reads("last\n").await;
-    follower.is_over().await;
+    follower.ends().await;
 }
 
 #[tokio::test]
@@ -178,7 +178,7 @@ async fn a_follower_crosses_rotations_and_loses_nothing() {
         container.append("0.log", &out("lf"));
         follower.reads("half\n").await;
     }
-    follower.is_over().await;
+    follower.ends().await;
 }
 
 #[tokio::test]
@@ -189,7 +189,7 @@ async fn a_container_that_ends_in_a_rotation_is_read_to_its_end() {
     follower.reads("one\n").await;
     fs::rename(path("0.log"), path("0.log.x")).unwrap();
     container.append("0.log", "");
-    follower.is_over().await;
+    follower.ends().await;
 }
 
 #[tokio::test]
@@ -219,7 +219,7 @@ async fn a_log_that_was_emptied_is_read_from_its_beginning() {
     tokio::time::sleep(Duration::from_millis(50)).await;
     container.append("0.log", &out("new"));
     follower.reads("new\n").await;
-    follower.is_over().await;
+    follower.ends().await;
 }
 
 #[tokio::test]
