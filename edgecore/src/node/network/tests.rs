@@ -105,18 +105,18 @@ async fn resolves(name: &str, address: Ipv4Addr) -> bool {
 fn the_range_waits_for_the_cloud_once_and_is_kept() {
     apart(async {
         let bench = Bench::new();
-        bench.task("edge7").pod_network().await;
+        bench.task("edge5").pod_network().await;
         assert_eq!(bench.conf(), Value::Null, "nothing is known of the cluster");
         bench.cluster("10.231.7.1", "cluster.local");
-        bench.task("edge7").pod_network().await;
+        bench.task("edge5").pod_network().await;
         let conf = bench.conf();
-        assert_eq!(conf["plugins"][0]["bridge"], "edge7");
+        assert_eq!(conf["plugins"][0]["bridge"], "edge5");
         // The first default is one of the cluster's.
         let subnet = &conf["plugins"][0]["ipam"]["ranges"][0][0]["subnet"];
         assert_eq!(subnet, "172.27.231.0/24");
         bench.from_cloud.send_replace(None);
         std::fs::remove_dir_all(bench.dir.path().join("net.d")).unwrap();
-        bench.task("edge7").pod_network().await;
+        bench.task("edge5").pod_network().await;
         assert_eq!(bench.conf(), conf, "an offline start needs no cloud");
     });
 }
