@@ -23,7 +23,10 @@ pub struct Outcome {
     pub there: u64,
     /// Bytes from the answerer to the asker.
     pub back: u64,
-    /// The asker left before the answerer had ended.
+    /// The asker ended first. Runtimes close their end at that, whatever became of what was asked
+    /// for: the answerer's end then says nothing of a process.
+    pub asker_first: bool,
+    /// The asker left, and the answerer did not end within the grace either.
     pub left: bool,
     /// What broke, where something did.
     pub error: Option<io::Error>,
@@ -38,20 +41,23 @@ where
     let (mut from_asker, mut to_asker) = tokio::io::split(asker);
     let (mut from_answerer, mut to_answerer) = tokio::io::split(answerer);
     let mut outcome = Outcome::default();
+    let mut asker_first = false;
     let ended = {
         let mut there = std::pin::pin!(copy(&mut from_asker, &mut to_answerer, &mut outcome.there));
         let mut back = std::pin::pin!(copy(&mut from_answerer, &mut to_asker, &mut outcome.back));
         tokio::select! {
             biased;
             end = &mut back => end.map(|()| false),
-            end = &mut there => match (end, tokio::time::timeout(GRACE, &mut back).await) {
-                (_, Ok(end)) => end.map(|()| false),
-                // A writer that failed because the answerer is gone is not the asker's doing, but
-                // the answerer's end would have come within the grace.
-                (Ok(()) | Err(_), Err(_)) => Ok(true),
-            },
+            _ = &mut there => {
+                asker_first = true;
+                match tokio::time::timeout(GRACE, &mut back).await {
+                    Ok(end) => end.map(|()| false),
+                    Err(_) => Ok(true),
+                }
+            }
         }
     };
+    outcome.asker_first = asker_first;
     match ended {
         Ok(left) => outcome.left = left,
         Err(error) => outcome.error = Some(error),
@@ -104,7 +110,7 @@ mod tests {
         assert_eq!(answer, b"answer");
         let outcome = spliced.await.unwrap();
         assert_eq!((outcome.there, outcome.back), (8, 6));
-        assert!(!outcome.left);
+        assert!(!outcome.left && !outcome.asker_first);
     }
 
     #[tokio::test(start_paused = true)]
@@ -128,7 +134,8 @@ mod tests {
         let mut rest = Vec::new();
         server.read_to_end(&mut rest).await.unwrap();
         drop(server);
-        assert!(!spliced.await.unwrap().left);
+        let outcome = spliced.await.unwrap();
+        assert!(!outcome.left && outcome.asker_first);
     }
 
     #[tokio::test(start_paused = true)]

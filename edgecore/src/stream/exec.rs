@@ -177,13 +177,15 @@ impl Joined {
         let outcome = match tokio::time::timeout(UPGRADE_DEADLINE, asker).await {
             Ok(Ok(asker)) => splice(TokioIo::new(asker), answerer).await,
             Ok(Err(_)) | Err(_) => Outcome {
+                asker_first: true,
                 left: true,
                 ..Outcome::default()
             },
         };
         self.closed(&outcome);
-        // Where the runtime ended first, the process did; else the claim's end sees to it.
-        if !outcome.left && outcome.error.is_none() {
+        // Where the runtime ended first, the process did; else the claim's end sees to it. A runtime
+        // also ends because its asker did, and the process of an exec is then left running.
+        if !outcome.asker_first && outcome.error.is_none() {
             self.claim.into_iter().for_each(Claim::settle);
         }
     }
