@@ -320,9 +320,14 @@ fn a_pods_token_is_good_at_the_api_server_as_long_as_the_pod_lives() -> Result<(
     };
     ensure!(read("namespace")? == "default");
     let (token, authorities) = (read("token")?, read("ca.crt")?);
-    // The cluster's root and one of this device's own, so that a local API can serve Pods later.
-    let certificates = authorities.matches("BEGIN CERTIFICATE").count();
-    ensure!(certificates == 2, "{authorities}");
+    // The cluster's own and nothing else, as long as no local API needs the device's.
+    let root = world
+        .kubectl
+        .json(&["get", "configmap", "kube-root-ca.crt"])?;
+    let root = root["data"]["ca.crt"]
+        .as_str()
+        .context("the cluster's root")?;
+    ensure!(authorities.trim() == root.trim(), "{authorities}");
 
     let said = ask_as(world, &edge, &token, &authorities)?;
     let answer: Value = serde_json::from_str(&said.stdout)
