@@ -8,7 +8,7 @@
 //!
 //! A datagram that is lost or finds the link's queue full is gone. TCP never loses: a chunk that is
 //! "lost" arrives one retransmission later, and a full queue stops the reader, as TCP's own window
-//! would. The queue before a rate is as long as a good router's, [`STANDING`]: what a sender holds
+//! would. The queue before a rate is as long as a good router's, `STANDING`: what a sender holds
 //! back is then what it can still put in another order. A relay that is cut swallows everything and
 //! says nothing.
 

@@ -2,7 +2,7 @@
 //!
 //! Owns the way through the files that the runtime writes: the file that is read, how far, and the
 //! watch on its directory. Takes which log, which part of it, and a future that ends with the
-//! container; gives a stream of bytes. [`entry`] reads the format, [`tail`] finds the last lines.
+//! container; gives a stream of bytes. `entry` reads the format, `tail` finds the last lines.
 //!
 //! ```text
 //!            bytes                      nothing more, not followed

@@ -3,7 +3,7 @@
 //!
 //! Owns every tunnel's task. A tunnel ends with its stream, and so with its connection; it then has
 //! the time it takes to leave nothing behind, while the next connection is dialled. Never more than
-//! [`MOST`] at once, those that are ending included.
+//! `MOST` at once, those that are ending included.
 
 use common::hub::proto::{StreamKind, Tunnel};
 use common::hub::transport::{Connection, Duplex, Incoming};
