@@ -91,11 +91,6 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// The runtime that Pods run on, for streams and statistics.
-    pub fn cri(&self) -> &Runtime {
-        &self.shared.cri
-    }
-
     /// The cgroups above Pods, once the runtime has said who makes them.
     pub fn cgroups(&self) -> Arc<OnceLock<Arc<Cgroups>>> {
         self.shared.cgroups.clone()

@@ -327,17 +327,20 @@ async fn messages_are_bounded_before_anything_is_allocated_and_survive_cancellat
     }
 }
 
+/// The cloud's end of a stream to be read and written.
+async fn tunnel(served: &Connection) -> Duplex {
+    let opened = served.open(Class::Interactive, &head(4)).await;
+    let (send, recv) = opened.expect("open");
+    Duplex::new(send, recv)
+}
+
 #[tokio::test]
 async fn a_stream_as_reader_and_writer_carries_much_both_ways_and_steps_back_for_others() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     for kind in BOTH {
         let mut cloud = Cloud::start().await;
         let (edge, served) = cloud.pair(kind).await;
-        let (send, recv) = served
-            .open(Class::Interactive, &head(4))
-            .await
-            .expect("open");
-        let near = Duplex::new(send, recv);
+        let near = tunnel(&served).await;
         let echo = tokio::spawn(async move {
             let incoming = edge.accept().await.expect("a stream");
             let mut far = Duplex::new(incoming.send, incoming.recv);
@@ -369,11 +372,7 @@ async fn a_reader_and_writer_that_is_dropped_breaks_the_other_end() {
     for kind in BOTH {
         let mut cloud = Cloud::start().await;
         let (edge, served) = cloud.pair(kind).await;
-        let (send, recv) = served
-            .open(Class::Interactive, &head(4))
-            .await
-            .expect("open");
-        let near = Duplex::new(send, recv);
+        let near = tunnel(&served).await;
         let incoming = edge.accept().await.expect("a stream");
         let mut far = Duplex::new(incoming.send, incoming.recv);
         drop(near);
