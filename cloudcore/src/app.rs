@@ -18,6 +18,7 @@ use common::hub::listen::{self, Limits, ListenConfig};
 use common::hub::proto;
 use common::hub::tls::ServerTls;
 use common::hub::transport::LinkConfig;
+use common::ids::NodeName;
 use common::pki::Validity;
 use common::signals::stop_on_signals;
 use common::tasks::Tasks;
@@ -83,7 +84,10 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         cluster.clone(),
         claims.clone(),
     );
-    let (tolerations, tolerations_task) = Tolerations::build(kube.own());
+    let registry = Registry::default();
+    let sessions = registry.clone();
+    let is_here = Box::new(move |node: &NodeName| sessions.get(node).is_some());
+    let (tolerations, tolerations_task) = Tolerations::build(kube.own(), is_here);
     let (malformed, malformed_seen) = mpsc::channel(MALFORMED);
     let (downstream, downstream_task) = downstream::build(
         downstream::Config::default(),
@@ -121,7 +125,6 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         reset_key: authority.ca.derive("quic stateless reset"),
     };
     let (listener, listen_task) = listen::bind(listening, tls).await?;
-    let registry = Registry::default();
     let streams = stream::Deps {
         kube: kube.clone(),
         authority: authority.clone(),

@@ -151,10 +151,12 @@ fn outlive(tolerations: &Tolerations, pod: &downstream::PodView) {
     };
     match serde_json::from_value::<Vec<Toleration>>(ending) {
         Ok(ending) => tolerations.observe(&BoundPod {
+            node: &pod.node,
             namespace: &pod.namespace,
             name: &pod.name,
             uid: &pod.uid,
             resource_version: &pod.resource_version,
+            created: pod.creation_timestamp.as_deref(),
             deleting: pod.deletion_timestamp.is_some(),
             tolerations: &ending,
         }),

@@ -1,6 +1,8 @@
 //! The vocabulary that CloudCore and EdgeCore share. Everything is pure unless its file is named
-//! after an adapter (`quic`, `ws`, `tls`, `lanes`, `dial`, `listen`, `config`, `signals`, `tasks`, `telemetry`).
+//! after an adapter (`quic`, `ws`, `tls`, `lanes`, `dial`, `listen`, `ahead`, `config`, `signals`, `tasks`,
+//! `telemetry`).
 
+pub mod ahead;
 pub mod backoff;
 pub mod config;
 pub mod hub;

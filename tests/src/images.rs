@@ -37,15 +37,23 @@ pub fn archive(dir: &Path) -> Result<PathBuf> {
         return Ok(path);
     }
     let mut layout = Layout::default();
-    layout.image(BUSYBOX, &busybox_layer()?, &["/bin/sh"])?;
-    layout.image(PAUSE, &pause_layer(dir)?, &["/pause"])?;
-    let part = dir.join("images.tar.part");
-    fs::write(&part, layout.finish()?).with_context(|| format!("write {}", part.display()))?;
-    fs::rename(&part, &path)?;
+    let busybox = layout.layer(&busybox_files()?.finish());
+    layout.image(BUSYBOX, &[&busybox], in_bin(json!({"Cmd": ["/bin/sh"]})))?;
+    let pause = layout.layer(&pause_files(dir)?.finish());
+    layout.image(PAUSE, &[&pause], in_bin(json!({"Cmd": ["/pause"]})))?;
+    layout.write(&path)?;
     Ok(path)
 }
 
-fn busybox_layer() -> Result<Vec<u8>> {
+/// The settings of an image whose programs are all in `/bin`.
+fn in_bin(mut settings: Value) -> Value {
+    settings["Env"] = json!(["PATH=/bin"]);
+    settings["WorkingDir"] = json!("/");
+    settings
+}
+
+/// The distribution's static busybox with all its applets, and the directories of a system.
+pub fn busybox_files() -> Result<Tar> {
     let program = Path::new("/bin/busybox");
     let bytes = fs::read(program).context("/bin/busybox (Debian package busybox-static)")?;
     let applets = run(Command::new(program).arg("--list"))?;
@@ -64,25 +72,31 @@ fn busybox_layer() -> Result<Vec<u8>> {
         0o644,
     );
     tar.file("etc/group", b"root:x:0:\nnogroup:x:65534:\n", 0o644);
-    Ok(tar.finish())
+    Ok(tar)
 }
 
-fn pause_layer(dir: &Path) -> Result<Vec<u8>> {
-    let (source, program) = (dir.join("pause.c"), dir.join("pause"));
-    fs::write(&source, PAUSE_SOURCE)?;
+/// The pause program alone.
+pub fn pause_files(dir: &Path) -> Result<Tar> {
+    let mut tar = Tar::default();
+    tar.file("pause", &compiled(dir, "pause", PAUSE_SOURCE)?, 0o755);
+    Ok(tar)
+}
+
+/// A static program of a few lines of C.
+pub fn compiled(dir: &Path, name: &str, text: &str) -> Result<Vec<u8>> {
+    let (source, program) = (dir.join(format!("{name}.c")), dir.join(name));
+    fs::write(&source, text)?;
     run(Command::new("cc")
         .args(["-Os", "-static", "-s", "-o"])
         .arg(&program)
         .arg(&source))
-    .context("build pause (Debian packages gcc and libc6-dev)")?;
-    let mut tar = Tar::default();
-    tar.file("pause", &fs::read(&program)?, 0o755);
-    Ok(tar.finish())
+    .with_context(|| format!("build {name} (Debian packages gcc and libc6-dev)"))?;
+    fs::read(&program).with_context(|| format!("read {}", program.display()))
 }
 
 /// An OCI image layout (image-spec 1.1, image-layout.md) under construction.
 #[derive(Default)]
-struct Layout {
+pub struct Layout {
     tar: Tar,
     manifests: Vec<Value>,
     /// The blobs directory is made with the first blob.
@@ -90,13 +104,20 @@ struct Layout {
 }
 
 impl Layout {
-    fn image(&mut self, name: &str, layer: &[u8], command: &[&str]) -> Result<()> {
-        let layer = self.blob("application/vnd.oci.image.layer.v1.tar", layer);
+    /// Adds a layer, for [`Layout::image`].
+    pub fn layer(&mut self, tar: &[u8]) -> Value {
+        self.blob("application/vnd.oci.image.layer.v1.tar", tar)
+    }
+
+    /// Adds an image of those layers, the lowest first, with those settings (`config` of an image's
+    /// configuration: `Cmd`, `Env`, `User` …).
+    pub fn image(&mut self, name: &str, layers: &[&Value], settings: Value) -> Result<()> {
+        let contents: Vec<&Value> = layers.iter().map(|layer| &layer["digest"]).collect();
         let config = json!({
             "architecture": architecture(),
             "os": "linux",
-            "config": {"Cmd": command, "Env": ["PATH=/bin"], "WorkingDir": "/"},
-            "rootfs": {"type": "layers", "diff_ids": [layer["digest"]]},
+            "config": settings,
+            "rootfs": {"type": "layers", "diff_ids": contents},
         });
         let config = self.blob(
             "application/vnd.oci.image.config.v1+json",
@@ -106,7 +127,7 @@ impl Layout {
             "schemaVersion": 2,
             "mediaType": "application/vnd.oci.image.manifest.v1+json",
             "config": config,
-            "layers": [layer],
+            "layers": layers,
         });
         let mut entry = self.blob(
             "application/vnd.oci.image.manifest.v1+json",
@@ -132,6 +153,13 @@ impl Layout {
             .collect();
         self.tar.file(&format!("blobs/sha256/{hex}"), bytes, 0o644);
         json!({"mediaType": kind, "digest": format!("sha256:{hex}"), "size": bytes.len()})
+    }
+
+    /// Writes the archive to that path, whole or not at all.
+    pub fn write(self, path: &Path) -> Result<()> {
+        let part = path.with_extension("part");
+        fs::write(&part, self.finish()?).with_context(|| format!("write {}", part.display()))?;
+        fs::rename(&part, path).with_context(|| format!("write {}", path.display()))
     }
 
     fn finish(mut self) -> Result<Vec<u8>> {
@@ -160,22 +188,22 @@ fn architecture() -> &'static str {
 /// A tar archive in the ustar format (POSIX.1-1988), with a fixed time so that equal content has
 /// equal digests.
 #[derive(Default)]
-struct Tar {
+pub struct Tar {
     bytes: Vec<u8>,
 }
 
 const BLOCK: usize = 512;
 
 impl Tar {
-    fn dir(&mut self, name: &str, mode: u32) {
+    pub fn dir(&mut self, name: &str, mode: u32) {
         self.entry(&format!("{name}/"), b"", mode, b'5', "");
     }
 
-    fn file(&mut self, name: &str, content: &[u8], mode: u32) {
+    pub fn file(&mut self, name: &str, content: &[u8], mode: u32) {
         self.entry(name, content, mode, b'0', "");
     }
 
-    fn link(&mut self, name: &str, target: &str) {
+    pub fn link(&mut self, name: &str, target: &str) {
         self.entry(name, b"", 0o777, b'2', target);
     }
 
@@ -201,7 +229,7 @@ impl Tar {
             .resize(self.bytes.len().next_multiple_of(BLOCK), 0);
     }
 
-    fn finish(mut self) -> Vec<u8> {
+    pub fn finish(mut self) -> Vec<u8> {
         self.bytes.resize(self.bytes.len() + 2 * BLOCK, 0);
         self.bytes
     }

@@ -19,6 +19,7 @@ pub mod bench;
 pub mod cloud;
 pub mod cluster;
 pub mod containerd;
+pub mod e2e;
 pub mod edge;
 pub mod forward;
 pub mod holder;

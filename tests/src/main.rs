@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use testbed::cluster::Options;
 use testbed::holder::{self, MachineSpec};
 use testbed::programs::{self, K8S_1_33, K8S_1_37, METRICS_SERVER, Release};
-use testbed::{bed, bench, quickstart};
+use testbed::{bed, bench, e2e, quickstart};
 
 #[derive(Parser)]
 #[command(about = "A real control plane and real edge machines on one computer")]
@@ -37,6 +37,8 @@ enum Word {
     Down(Place),
     /// Measure what the specification promises, beside a stock kubelet in the same run.
     Bench(bench::Flags),
+    /// Run the upstream end-to-end suite on a node of ours, and what fails there on a stock kubelet.
+    E2e(e2e::Flags),
     #[command(hide = true)]
     Guard {
         #[arg(long)]
@@ -142,6 +144,7 @@ fn run(word: Word) -> Result<i32> {
         Word::Up(place) => quickstart::up(&place.state, &place.example)?,
         Word::Down(place) => quickstart::down(&place.state, &place.example)?,
         Word::Bench(flags) => return bench::run(&flags),
+        Word::E2e(flags) => return e2e::run(&flags),
         Word::Guard { number, state } => bed::guard(number, &state)?,
         Word::Hold { network: true, .. } => holder::hold_network()?,
         Word::Hold { machine, .. } => holder::hold_machine(&machine.into())?,

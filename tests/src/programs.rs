@@ -65,6 +65,26 @@ pub const METRICS_SERVER: Release = Release {
     stamped: &[],
 };
 
+/// The upstream end-to-end suite, `e2e.test`, of the newest release.
+pub const E2E: Release = Release {
+    module: "e2e",
+    package: "k8s.io/kubernetes/test/*",
+    ..K8S_1_37
+};
+/// What most of its cases run in their containers.
+pub const AGNHOST: Release = Release {
+    package: "k8s.io/kubernetes/test/images/*",
+    stamped: &[],
+    ..E2E
+};
+/// What runs its cases several at a time.
+pub const GINKGO: Release = Release {
+    version: "2.32.0",
+    module: "e2e",
+    package: "github.com/onsi/ginkgo/v2/*",
+    stamped: &[],
+};
+
 /// Debian's package with a kubectl of 1.20, the last that many a distribution ships: it speaks SPDY
 /// only.
 const DEBIAN_KUBECTL: &str = "kubernetes-client";
@@ -231,13 +251,18 @@ fn build(name: &str, release: Release, path: &Path) -> Result<()> {
         "building {name} {} from source (once; it is kept)",
         release.version
     ));
+    // A suite of tests is a program too, of the package that its name says.
+    let (word, package): (&[&str], _) = match name.strip_suffix(".test") {
+        Some(package) => (&["test", "-c", "-vet=off"], package),
+        None => (&["build"], name),
+    };
     let mut child = Command::new(go)
         .current_dir(&module)
         .env("CGO_ENABLED", "0")
         .env("GOFLAGS", "-mod=readonly")
         .env("GOTOOLCHAIN", "local")
+        .args(word)
         .args([
-            "build",
             "-v",
             "-trimpath",
             "-buildvcs=false",
@@ -246,7 +271,7 @@ fn build(name: &str, release: Release, path: &Path) -> Result<()> {
         ])
         .arg("-o")
         .arg(&unfinished)
-        .arg(release.package.replace('*', name))
+        .arg(release.package.replace('*', package))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())

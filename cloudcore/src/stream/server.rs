@@ -12,6 +12,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use common::ahead::ReadAhead;
 use common::ids::NodeName;
 use common::stream::request::Target;
 use common::stream::{BUFFER, LONGEST_HEAD};
@@ -125,7 +126,7 @@ impl Server {
         &self,
         stream: TcpStream,
         shaking: &Semaphore,
-    ) -> Option<TlsStream<TcpStream>> {
+    ) -> Option<TlsStream<ReadAhead<TcpStream>>> {
         let probes = TcpKeepalive::new().with_time(PROBE).with_interval(PROBE);
         // Without them the connection only lives longer.
         let _ = SockRef::from(&stream).set_tcp_keepalive(&probes);
@@ -133,7 +134,9 @@ impl Server {
         let _here = shaking.acquire().await;
         let _place = self.handshakes.acquire().await;
         let acceptor = TlsAcceptor::from(self.tls.config());
-        let accepted = acceptor.accept_with(stream, |tls| tls.set_buffer_limit(Some(BUFFER)));
+        let accepted = acceptor.accept_with(ReadAhead::new(stream), |tls| {
+            tls.set_buffer_limit(Some(BUFFER))
+        });
         match accepted.await {
             Ok(stream) => Some(stream),
             Err(error) => {
@@ -147,7 +150,11 @@ impl Server {
     }
 
     /// Answers the connection's requests; what an upgrade leaves is given back.
-    async fn serve(&self, node: &NodeName, stream: TlsStream<TcpStream>) -> Option<Splice> {
+    async fn serve(
+        &self,
+        node: &NodeName,
+        stream: TlsStream<ReadAhead<TcpStream>>,
+    ) -> Option<Splice> {
         let chain = stream.get_ref().1.peer_certificates();
         let chain: Vec<CertificateDer<'static>> = chain.unwrap_or_default().to_vec();
         let left = Mutex::new(None);

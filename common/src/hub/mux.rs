@@ -27,7 +27,7 @@ use halves::{RecvHalf, RecvState, SendHalf, SendState};
 
 /// What each stream may receive before its reader takes anything: part of the protocol, since the
 /// opener writes before it hears from the peer.
-pub const INITIAL_WINDOW: u32 = 64 * 1024;
+pub const INITIAL_WINDOW: u32 = 128 * 1024;
 /// The code of a stream that was refused because too many are open.
 pub const CODE_TOO_MANY_STREAMS: u32 = 1;
 /// Answers to a flood of opens that wait for the pipe: more means that the peer does not read.

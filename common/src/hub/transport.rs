@@ -138,7 +138,7 @@ impl Default for LinkConfig {
             dead_after: Duration::from_secs(45),
             cloud_streams: 72,
             device_streams: 24,
-            stream_window: 64 * 1024,
+            stream_window: 128 * 1024,
             mtu_discovery: false,
         }
     }

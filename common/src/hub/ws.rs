@@ -38,12 +38,16 @@ const SUBPROTOCOL: &str = "edge-mux.1";
 
 type Wire = WebSocketStream<TlsStream<Socket>>;
 
+/// What is handed to TLS, and so to the kernel, at once at most. A connection that was busy keeps a
+/// buffer of this.
+const TOGETHER: usize = 32 * 1024;
+
 /// The library's defaults cost 128 KiB a connection; frames are bounded before allocation.
 fn config() -> WebSocketConfig {
     WebSocketConfig::default()
         .read_buffer_size(2 * 1024)
-        .write_buffer_size(0)
-        .max_write_buffer_size(4 * MAX_MESSAGE)
+        .write_buffer_size(TOGETHER)
+        .max_write_buffer_size(TOGETHER + 2 * MAX_MESSAGE)
         .max_message_size(Some(MAX_MESSAGE))
         .max_frame_size(Some(MAX_MESSAGE))
 }

@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use k8s_openapi::api::core::v1::{Pod, PodDNSConfig};
 
 use crate::node::environment::Environment;
+use crate::store::events::EventType;
 
 /// A Pod's resolver configuration, as CRI's `DNSConfig` wants it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -15,8 +16,8 @@ pub struct DnsPlan {
     pub servers: Vec<String>,
     pub searches: Vec<String>,
     pub options: Vec<String>,
-    /// For a Warning Event: reason (`DNSConfigForming`, `MissingClusterDNS`) and message.
-    pub warning: Option<(&'static str, String)>,
+    /// For an Event: reason (`DNSConfigForming`, `MissingClusterDNS`) and message.
+    pub remark: Option<(EventType, &'static str, String)>,
 }
 
 /// A Pod's name in its own network namespace.
@@ -100,7 +101,9 @@ pub fn dns_config(pod: &Pod, environment: &Environment, host_resolv_conf: &str) 
         (Policy::Own, _) => DnsPlan::default(),
         (Policy::Cluster, Some(ip)) => cluster(pod, environment, ip, host),
         (Policy::Cluster, None) => DnsPlan {
-            warning: Some((
+            // A cluster without DNS is one that an edge can do without: no fault of the Pod's.
+            remark: Some((
+                EventType::Normal,
                 "MissingClusterDNS",
                 format!(
                     "the cluster has no DNS Service that this node knows of, so the Pod's DNS \
@@ -115,7 +118,7 @@ pub fn dns_config(pod: &Pod, environment: &Environment, host_resolv_conf: &str) 
         merge(&mut plan, own);
     }
     let cut = bound(&mut plan);
-    plan.warning = plan.warning.or(cut);
+    plan.remark = plan.remark.or(cut);
     plan
 }
 
@@ -132,7 +135,7 @@ fn cluster(pod: &Pod, environment: &Environment, dns: IpAddr, host: ResolvConf) 
         servers: vec![dns.to_string()],
         searches,
         options: vec!["ndots:5".into()],
-        warning: None,
+        remark: None,
     }
 }
 
@@ -151,7 +154,7 @@ fn of_host(host: ResolvConf, on_host: bool, dns: Option<IpAddr>) -> DnsPlan {
         servers,
         searches: host.searches,
         options: host.options,
-        warning: None,
+        remark: None,
     }
 }
 
@@ -178,7 +181,7 @@ fn merge(plan: &mut DnsPlan, own: &PodDNSConfig) {
 }
 
 /// Cuts the plan to what resolvers take; tells what was left out.
-fn bound(plan: &mut DnsPlan) -> Option<(&'static str, String)> {
+fn bound(plan: &mut DnsPlan) -> Option<(EventType, &'static str, String)> {
     let mut cut = Vec::new();
     if plan.servers.len() > MAX_SERVERS {
         plan.servers.truncate(MAX_SERVERS);
@@ -213,7 +216,7 @@ fn bound(plan: &mut DnsPlan) -> Option<(&'static str, String)> {
         "DNS limits were exceeded, some entries were omitted; {}",
         cut.join("; ")
     );
-    Some(("DNSConfigForming", message))
+    Some((EventType::Warning, "DNSConfigForming", message))
 }
 
 /// The Pod's host name.
@@ -316,7 +319,7 @@ mod tests {
         ] {
             let plan = plan(spec.clone(), HOST);
             assert_eq!(shown(&plan), want, "{spec}");
-            assert_eq!(plan.warning, None);
+            assert_eq!(plan.remark, None);
         }
     }
 
@@ -336,7 +339,8 @@ mod tests {
         let pod = pod(json!({"metadata": {"name": "p"}, "spec": {"containers": []}}));
         let plan = dns_config(&pod, &environment, HOST);
         assert_eq!(plan.servers, ["192.0.2.53", "fe80::1"]);
-        assert_eq!(plan.warning.unwrap().0, "MissingClusterDNS");
+        let (kind, reason, _) = plan.remark.unwrap();
+        assert_eq!((kind, reason), (EventType::Normal, "MissingClusterDNS"));
     }
 
     #[test]
@@ -346,8 +350,8 @@ mod tests {
         let cut = plan(json!({"containers": [], "dnsConfig": many}), "");
         assert_eq!(cut.servers, ["10.96.0.10", "1.1.1.1", "2.2.2.2"]);
         assert_eq!(cut.searches.len(), 32);
-        let (reason, message) = cut.warning.unwrap();
-        assert_eq!(reason, "DNSConfigForming");
+        let (kind, reason, message) = cut.remark.unwrap();
+        assert_eq!((kind, reason), (EventType::Warning, "DNSConfigForming"));
         assert!(message.contains("10.96.0.10 1.1.1.1 2.2.2.2"), "{message}");
         let long: Vec<_> = (0..20).map(|n| format!("{n}{}", "x".repeat(200))).collect();
         let cut = plan(

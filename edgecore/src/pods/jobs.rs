@@ -267,11 +267,11 @@ impl Job {
         }))
     }
 
-    fn warn_of_dns(&self) {
+    fn tell_of_dns(&self) {
         let host = std::fs::read_to_string(&self.paths.resolv_conf).unwrap_or_default();
         let dns = dns::dns_config(&self.pod, &self.environment, &host);
-        if let Some((reason, message)) = dns.warning {
-            self.emit(None, EventType::Warning, reason, message);
+        if let Some((kind, reason, message)) = dns.remark {
+            self.emit(None, kind, reason, message);
         }
     }
 
@@ -287,7 +287,7 @@ impl Job {
                 .ensure(&self.pod)
                 .map_err(|e| format!("cannot make the Pod's cgroup: {e}"))?;
             let config = self.sandbox_config(attempt)?;
-            self.warn_of_dns();
+            self.tell_of_dns();
             let handler = self.runtime_handler();
             self.cri
                 .run_sandbox(config, handler)

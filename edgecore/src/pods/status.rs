@@ -121,7 +121,9 @@ pub fn pod_status(input: &Input<'_>) -> PodStatus {
     };
     out.conditions = Some(conditions(input, &out));
     let spoken_of = previous.is_some_and(|p| p.container_statuses.is_some());
-    if is_terminal(Some(&phase)) && input.observed.containers.is_empty() && !spoken_of {
+    let over = |p: &PodStatus| is_terminal(p.phase.as_deref());
+    let refused = failed.is_some() || previous.is_some_and(over);
+    if refused && input.observed.containers.is_empty() && !spoken_of {
         // A Pod that was refused has no containers that could be "creating": `kubectl get` would
         // show that instead of the reason.
         out.init_container_statuses = None;
@@ -220,6 +222,15 @@ enum Role {
     Ephemeral,
 }
 
+/// The instance that the status is of: the newest, unless it was only made yet and there is one that
+/// ran. A restart counts, and ends what was waited for, with its start.
+fn shown<'a>(input: &Input<'a>, name: &'a str) -> Option<&'a ContainerSeen> {
+    let mut all = input.observed.instances(name);
+    let newest = all.next()?;
+    let starts = newest.run == Run::Created && !input.intent.ends();
+    Some(all.next().filter(|_| starts).unwrap_or(newest))
+}
+
 fn container_status(
     input: &Input<'_>,
     c: &Container,
@@ -234,7 +245,7 @@ fn container_status(
         volume_mounts: c.volume_mounts.as_deref().map(mounted).and_then(some),
         ..Default::default()
     };
-    let newest = observed.newest(&c.name);
+    let newest = shown(input, &c.name);
     let ended_for_good = input.intent.ends()
         || role == Role::Ephemeral && newest.is_some_and(|n| n.run == Run::Exited);
     let waiting = input.waiting.get(&c.name).filter(|_| !ended_for_good);
@@ -251,10 +262,11 @@ fn container_status(
         out.container_id = before.container_id.clone();
         out.image_id = before.image_id.clone();
     }
-    let older = observed
+    let mut older = observed
         .instances(&c.name)
-        .skip(1)
-        .find(|o| o.run == Run::Exited);
+        .skip_while(|o| newest.is_some_and(|n| n.id != o.id))
+        .skip(1);
+    let older = older.find(|o| o.run == Run::Exited);
     let last = older.map(|o| ContainerState {
         terminated: Some(terminated(observed, o)),
         ..Default::default()

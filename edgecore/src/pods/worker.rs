@@ -417,7 +417,7 @@ impl Worker {
             // `refresh_volumes` may have asked for them after the plan was made.
             steps.push(Step::Volumes);
         }
-        self.tell_crashes(plan);
+        self.tell_crashes(pod, plan, observed);
         let pod = Arc::new(pod.clone());
         let environment = Arc::new(environment);
         for step in steps {

@@ -1,7 +1,7 @@
 //! What the benchmark runs on: one control plane that everybody reaches over the same network,
 //! and a machine behind NAT for each node.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use super::api::Api;
 use crate::bed::{Bed, progress};
 use crate::cloud::Cloud;
 use crate::cluster::{Cluster, Options};
-use crate::containerd::Flavour;
+use crate::containerd::{Containerd, Flavour};
 use crate::edge::{Edge, Transport};
 use crate::netns::{Backbone, Machine};
 use crate::peer::Peer;
@@ -169,6 +169,28 @@ impl Rig {
         })
         .with_context(|| self.story())?;
         Ok(relay)
+    }
+
+    /// Imports further images on the node of that side.
+    pub fn import(&self, side: Side, archive: &Path) -> Result<()> {
+        fn ours(edge: Option<&Edge>) -> Option<(&Containerd, &Machine)> {
+            let edge = edge?;
+            Some((edge.containerd.as_ref()?, &edge.machine))
+        }
+        let found = match side {
+            Side::Quic => ours(self.quic.as_ref()),
+            Side::Websocket => ours(self.websocket.as_ref()),
+            Side::Peer => self
+                .peer
+                .as_ref()
+                .map(|peer| (&peer.containerd, &peer.machine)),
+        };
+        let (containerd, machine) =
+            found.with_context(|| format!("{} does not run", side.word()))?;
+        let archive = archive.to_str().context("path of the images")?;
+        containerd
+            .ctr(machine, &["images", "import", archive])
+            .map(drop)
     }
 
     /// The node of that side, if it runs.

@@ -23,7 +23,8 @@ pub struct PodView {
     pub uid: Arc<str>,
     pub resource_version: Arc<str>,
     pub node: NodeName,
-    /// RFC 3339, as the API server wrote it.
+    /// RFC 3339, as the API server wrote it; so is the next.
+    pub creation_timestamp: Option<Arc<str>>,
     pub deletion_timestamp: Option<Arc<str>>,
     /// `spec.serviceAccountName`; empty when the Pod has none.
     pub service_account: Arc<str>,
@@ -54,6 +55,7 @@ impl PodView {
             uid: uid.clone(),
             resource_version: resource_version.to_string().into(),
             node: node.clone(),
+            creation_timestamp: text(object, "/metadata/creationTimestamp").map(Into::into),
             deletion_timestamp: text(object, "/metadata/deletionTimestamp").map(Into::into),
             service_account: text(object, "/spec/serviceAccountName")
                 .unwrap_or_default()

@@ -10,12 +10,16 @@ use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
+use crate::ahead::ReadAhead;
+
 /// Unsent bytes in the kernel beyond this make writes wait. What is urgent can only overtake what
 /// has not been handed to the kernel.
-const NOTSENT_LOWAT: u32 = 16 * 1024;
+const UNSENT: u32 = 16 * 1024;
+/// The same where bytes leave as soon as they come.
+const UNSENT_FAST: u32 = 128 * 1024;
 
 pub(in crate::hub) struct Socket {
-    tcp: TcpStream,
+    tcp: ReadAhead<TcpStream>,
     /// Bytes that may still be read; none means without limit.
     allowance: Option<usize>,
 }
@@ -29,10 +33,20 @@ impl Socket {
     ) -> io::Result<Self> {
         tcp.set_nodelay(true)?;
         let options = SockRef::from(&tcp);
-        options.set_tcp_notsent_lowat(NOTSENT_LOWAT)?;
+        options.set_tcp_notsent_lowat(UNSENT)?;
         // Bytes that nobody acknowledges for so long mean a dead link, also when nothing is read.
         options.set_tcp_user_timeout(Some(dead_after))?;
-        Ok(Self { tcp, allowance })
+        Ok(Self {
+            tcp: ReadAhead::new(tcp),
+            allowance,
+        })
+    }
+
+    /// The link takes what it is given at once, or does so no longer.
+    pub(in crate::hub) fn set_fast(&mut self, fast: bool) {
+        let most = if fast { UNSENT_FAST } else { UNSENT };
+        // Without it the link is only slower, or what is urgent waits a little longer.
+        drop(SockRef::from(&*self.tcp.get_mut()).set_tcp_notsent_lowat(most));
     }
 
     /// The peer is authenticated: the protocol's own limits take over.

@@ -262,6 +262,44 @@ fn a_crash_is_shown_as_waiting_with_its_last_end() {
 }
 
 #[test]
+fn a_container_that_was_made_again_is_shown_as_before_until_it_runs() {
+    let pod = pod("Always", json!([]), &["m"]);
+    for (waiting, state) in [
+        (waits("m", "CrashLoopBackOff"), "CrashLoopBackOff"),
+        (BTreeMap::new(), "Error"),
+    ] {
+        let case = Case {
+            waiting,
+            ..case(&pod, &["m=1", "m=made"])
+        };
+        let container = &case.at(10).container_statuses.unwrap()[0];
+        assert_eq!(container.restart_count, 0, "{state}");
+        assert_eq!(container.container_id.as_deref(), Some("containerd://m0"));
+        let now = container.state.clone().unwrap();
+        let held = now.waiting.and_then(|w| w.reason);
+        let ended = now.terminated.and_then(|t| t.reason);
+        assert_eq!(held.or(ended).as_deref(), Some(state));
+    }
+    let first = &case(&pod, &["m=made"]).at(10).container_statuses.unwrap()[0];
+    assert!(first.state.as_ref().unwrap().waiting.is_some());
+}
+
+#[test]
+fn a_pod_that_was_deleted_before_it_ran_failed_and_still_names_its_containers() {
+    let pod = pod("Always", json!([regular("i")]), &["m"]);
+    let case = Case {
+        intent: Intent::Delete,
+        ..case(&pod, &[])
+    };
+    let status = case.at(10);
+    assert_eq!(status.phase.as_deref(), Some("Failed"));
+    for statuses in [status.init_container_statuses, status.container_statuses] {
+        let state = statuses.unwrap()[0].state.clone().unwrap();
+        assert!(state.waiting.is_some(), "{state:?}");
+    }
+}
+
+#[test]
 fn a_running_container_shows_how_the_one_before_it_ended() {
     let pod = pod("Always", json!([]), &["m"]);
     let status = case(&pod, &["m=3", "m=run"]).at(10);

@@ -11,9 +11,9 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-/// Mounts a tmpfs for an emptyDir of `size` bytes.
+/// Mounts a tmpfs for an emptyDir of `size` bytes, sticky as the kernel makes them.
 pub(super) fn memory(target: &Path, size: u64) -> io::Result<()> {
-    tmpfs(target, MsFlags::empty(), &format!("mode=0777,size={size}"))
+    tmpfs(target, MsFlags::empty(), &format!("mode=1777,size={size}"))
 }
 
 /// Mounts a tmpfs for files of the API, among them Secrets: never swapped out to a disk where the

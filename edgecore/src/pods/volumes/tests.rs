@@ -164,7 +164,7 @@ async fn every_kind_is_made_updated_and_taken_away() {
         );
     }
     assert_eq!(mode(&bench.at(&pod, "/disk")), 0o777);
-    assert_eq!(mode(&bench.at(&pod, "/mem")), 0o777);
+    assert_eq!(mode(&bench.at(&pod, "/mem")), 0o1777);
     let size = nix::sys::statvfs::statvfs(&bench.at(&pod, "/mem")).unwrap();
     assert_eq!(wide(size.blocks()) * wide(size.fragment_size()), 1 << 20);
 
@@ -243,9 +243,9 @@ async fn files_of_a_group_are_the_groups() {
     assert_eq!((meta.gid(), meta.mode() & 0o777), (4242, 0o640));
     let secret = fs::metadata(bench.at(&pod, "/sec").join("s")).unwrap();
     assert_eq!((secret.gid(), secret.mode() & 0o777), (4242, 0o644));
-    for path in ["/disk", "/mem"] {
+    for (path, want) in [("/disk", 0o2777), ("/mem", 0o3777)] {
         let dir = fs::metadata(bench.at(&pod, path)).unwrap();
-        assert_eq!((dir.gid(), dir.mode() & 0o7777), (4242, 0o2777), "{path}");
+        assert_eq!((dir.gid(), dir.mode() & 0o7777), (4242, want), "{path}");
     }
 }
 

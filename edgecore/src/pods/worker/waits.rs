@@ -9,6 +9,7 @@ use super::Worker;
 use super::reading::go_duration;
 use crate::cri::convert;
 use crate::pods::plan::{Now, Plan, Step, Waiting};
+use crate::pods::seen::{Observed, Run};
 use crate::store::events::{EventType, PodEvent};
 
 impl Worker {
@@ -29,19 +30,8 @@ impl Worker {
                 ),
             });
         }
-        let (namespace, name, uid) = convert::identity(pod);
         for (container, delay) in &plan.crash_looping {
-            let message = format!(
-                "back-off {} restarting failed container={container} pod={name}_{namespace}({uid})",
-                go_duration(*delay)
-            );
-            all.insert(
-                container.clone(),
-                Waiting {
-                    reason: "CrashLoopBackOff".into(),
-                    message,
-                },
-            );
+            all.insert(container.clone(), crash_looping(pod, container, *delay));
         }
         all
     }
@@ -75,14 +65,13 @@ impl Worker {
         }
     }
 
-    pub(super) fn tell_crashes(&mut self, plan: &Plan) {
-        for name in plan.crash_looping.keys() {
-            let known = self
-                .memory
-                .trouble
-                .get(name)
-                .is_some_and(|w| w.reason == "CrashLoopBackOff");
-            if !known {
+    /// Tells of a new wait by an Event, and remembers it until the container runs: while it is being
+    /// started again nothing is new.
+    pub(super) fn tell_crashes(&mut self, pod: &Pod, plan: &Plan, observed: &Observed) {
+        for (name, delay) in &plan.crash_looping {
+            let waiting = crash_looping(pod, name, *delay);
+            let before = self.memory.trouble.insert(name.clone(), waiting);
+            if before.is_none_or(|w| w.reason != CRASH_LOOP) {
                 self.emit(
                     Some(name),
                     EventType::Warning,
@@ -92,15 +81,25 @@ impl Worker {
                         self.key.name
                     ),
                 );
-                let waiting = Waiting {
-                    reason: "CrashLoopBackOff".into(),
-                    message: String::new(),
-                };
-                self.memory.trouble.insert(name.clone(), waiting);
             }
         }
-        self.memory.trouble.retain(|name, w| {
-            w.reason != "CrashLoopBackOff" || plan.crash_looping.contains_key(name)
-        });
+        let runs = |name: &str| observed.newest(name).is_some_and(|c| c.run == Run::Running);
+        self.memory
+            .trouble
+            .retain(|name, w| w.reason != CRASH_LOOP || !runs(name));
+    }
+}
+
+const CRASH_LOOP: &str = "CrashLoopBackOff";
+
+fn crash_looping(pod: &Pod, container: &str, delay: Duration) -> Waiting {
+    let (namespace, name, uid) = convert::identity(pod);
+    let message = format!(
+        "back-off {} restarting failed container={container} pod={name}_{namespace}({uid})",
+        go_duration(delay)
+    );
+    Waiting {
+        reason: CRASH_LOOP.into(),
+        message,
     }
 }
