@@ -203,7 +203,7 @@ fn what_no_peer_of_ours_does_is_a_violation() {
     };
     let credit = u32::MAX;
     let many: Vec<Frame> = std::iter::once(open(1))
-        .chain((0..17).map(|_| data(1, 4000)))
+        .chain((0..=INITIAL_WINDOW / 4000).map(|_| data(1, 4000)))
         .collect();
     let table = [
         (vec![open(2)], Violation::OpenOrder(2)),
@@ -302,7 +302,7 @@ struct Flow {
 /// A piece of an endless pattern, begun elsewhere for each stream, so that order and loss show.
 fn stretch(id: u32, place: u64, length: usize) -> Bytes {
     static PATTERN: LazyLock<Bytes> =
-        LazyLock::new(|| (0..70_000usize).map(|i| (i % 251) as u8).collect());
+        LazyLock::new(|| (0..140_000usize).map(|i| (i % 251) as u8).collect());
     let start = ((place + u64::from(id) * 13) % 251) as usize;
     PATTERN.slice(start..start + length)
 }
