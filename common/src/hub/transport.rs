@@ -133,7 +133,7 @@ impl LinkConfig {
 impl Default for LinkConfig {
     fn default() -> Self {
         Self {
-            keep_alive: Duration::from_secs(25),
+            keep_alive: Duration::from_secs(15),
             ping_every: Duration::from_secs(20),
             dead_after: Duration::from_secs(45),
             cloud_streams: 72,

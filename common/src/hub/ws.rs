@@ -356,6 +356,13 @@ impl WsLink {
         }
     }
 
+    /// Streams in the table, and waiting wakers.
+    #[cfg(test)]
+    pub(super) fn held(&self) -> (usize, usize) {
+        let state = self.core().lock();
+        (state.mux.open_streams(), state.wakers.len())
+    }
+
     pub(super) fn remote_address(&self) -> SocketAddr {
         self.core().remote
     }

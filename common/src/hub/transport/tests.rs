@@ -382,3 +382,35 @@ async fn a_reader_and_writer_that_is_dropped_breaks_the_other_end() {
         assert!(read.is_err(), "{kind}: {read:?} looks like a proper end");
     }
 }
+
+#[tokio::test]
+async fn streams_that_have_ended_leave_nothing_in_the_connection() {
+    let mut cloud = Cloud::start().await;
+    let (edge, served) = cloud.pair(TransportKind::WebSocket).await;
+    let done = echo(edge.clone());
+    for round in 0..500 {
+        let (mut send, mut recv) = served.open(Class::Interactive, &head(1)).await.unwrap();
+        send.write_all(pattern(100, round)).await.unwrap();
+        match round % 3 {
+            // As an HTTP exchange ends.
+            0 => {
+                send.finish();
+                read_all(&mut recv).await.unwrap();
+            }
+            // As an asker that has what it wanted.
+            1 => drop((recv.read(100).await.unwrap(), send, recv)),
+            _ => {
+                send.finish();
+                drop(recv);
+            }
+        }
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    for connection in [&served, &edge] {
+        let Link::WebSocket(link) = &connection.link else {
+            panic!("not a WebSocket");
+        };
+        assert_eq!(link.held(), (0, 0));
+    }
+    drop(done);
+}
