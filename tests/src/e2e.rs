@@ -82,7 +82,8 @@ pub fn run(flags: &Flags) -> Result<i32> {
     let failed: Vec<&str> = failures(&found).map(|(name, _)| name).collect();
     let mut out = std::io::stdout().lock();
     writeln!(out, "{}", summary(side, &found))?;
-    let alone = if failed.is_empty() || flags.no_peer || side == Side::Peer {
+    let compares = !flags.no_peer && side != Side::Peer;
+    let alone = if failed.is_empty() || !compares {
         failed
     } else {
         let peer = suite.judge(Side::Peer, &exactly(&failed), flags)?;
@@ -91,10 +92,9 @@ pub fn run(flags: &Flags) -> Result<i32> {
         failed.into_iter().filter(passes).collect()
     };
     let count = alone.len();
-    let compared = if flags.no_peer || side == Side::Peer {
-        ""
-    } else {
-        " where a stock kubelet's pass"
+    let compared = match compares {
+        true => " where a stock kubelet's pass",
+        false => "",
     };
     writeln!(out, "{count} of {} cases fail{compared}", found.len())?;
     for name in &alone {
@@ -103,10 +103,9 @@ pub fn run(flags: &Flags) -> Result<i32> {
     Ok(i32::from(count > 0))
 }
 
-fn failures<'a>(found: &'a Outcome) -> impl Iterator<Item = (&'a str, &'a str)> {
-    let named =
-        |(name, why): (&'a String, &'a Option<String>)| Some((name.as_str(), why.as_deref()?));
-    found.iter().filter_map(named)
+fn failures(found: &Outcome) -> impl Iterator<Item = (&str, &str)> {
+    let all = found.iter();
+    all.filter_map(|(name, why)| Some((name.as_str(), why.as_deref()?)))
 }
 
 fn summary(side: Side, found: &Outcome) -> String {
@@ -224,13 +223,11 @@ fn follow(command: &mut Command, log: &Path) -> Result<()> {
         if shown.elapsed() >= Duration::from_secs(60) {
             shown = Instant::now();
             let text = String::from_utf8_lossy(&fs::read(log)?).into_owned();
-            let (passed, failed) = (
-                text.matches('•').count(),
-                text.matches("• [FAILED]").count(),
-            );
+            let ended = text.matches('•').count();
+            let failed = text.matches("• [FAILED]").count();
             let minutes = begun.elapsed().as_secs() / 60;
             progress(&format!(
-                "    {minutes} min, {passed} ended, {failed} of them failed"
+                "    {minutes} min, {ended} ended, {failed} of them failed"
             ));
         }
     }

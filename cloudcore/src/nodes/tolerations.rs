@@ -182,7 +182,7 @@ impl TolerationsTask {
     /// are five minutes.
     pub async fn run(self, shutdown: CancellationToken) {
         loop {
-            let (key, Waiting { node, patch, .. }) = match self.next() {
+            let (key, waits) = match self.next() {
                 Next::Due(key, waits) => (key, waits),
                 Next::At(due) => tokio::select! {
                     biased;
@@ -199,11 +199,11 @@ impl TolerationsTask {
             let sent = tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return,
-                sent = self.send(&key, &patch) => sent,
+                sent = self.send(&key, &waits.patch) => sent,
             };
             if let Err(error) = sent {
                 tracing::warn!(pod = %format!("{}/{}", key.0, key.1), error = %crate::chain(&Fault(error)), "the Pod's tolerations were not changed");
-                self.put_back(key, node, patch);
+                self.put_back(key, waits);
                 tokio::select! {
                     biased;
                     () = shutdown.cancelled() => return,
@@ -252,14 +252,14 @@ impl TolerationsTask {
     }
 
     /// Unless a later event has brought a newer patch.
-    fn put_back(&self, key: PodKey, node: NodeName, patch: Value) {
+    fn put_back(&self, key: PodKey, waits: Waiting) {
         let mut waiting = self
             .inner
             .waiting
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         let due = Instant::now();
-        waiting.entry(key).or_insert(Waiting { node, due, patch });
+        waiting.entry(key).or_insert(Waiting { due, ..waits });
     }
 }
 
