@@ -8,6 +8,7 @@
 //! Owns what both ends must agree on: the grammar of requests, which headers cross, and how the two
 //! directions of an upgraded connection end.
 
+pub mod gate;
 pub mod request;
 pub mod splice;
 

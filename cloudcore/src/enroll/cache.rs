@@ -177,7 +177,7 @@ impl Inner {
             watcher::Event::Init => listed.clear(),
             watcher::Event::InitApply(record) => {
                 if let Some(name) = name_of(&record) {
-                    listed.insert(name, Arc::new(record));
+                    listed.insert(name, kept(record));
                 }
             }
             watcher::Event::InitDone => {
@@ -186,7 +186,7 @@ impl Inner {
             }
             watcher::Event::Apply(record) => {
                 if let Some(name) = name_of(&record) {
-                    let old = self.edit(|map| map.insert(name.clone(), Arc::new(record)));
+                    let old = self.edit(|map| map.insert(name.clone(), kept(record)));
                     self.tell(&name, old.as_deref());
                 }
             }
@@ -233,6 +233,12 @@ impl Inner {
         }
         let _ = self.changes.send(name.clone());
     }
+}
+
+/// Without who wrote which field: more than the record itself, for each node of the fleet.
+fn kept(mut record: Enrolment) -> Arc<Enrolment> {
+    record.metadata.managed_fields = None;
+    Arc::new(record)
 }
 
 fn name_of(record: &Enrolment) -> Option<NodeName> {

@@ -118,7 +118,7 @@ async fn admitted(
     let (mut lanes, enrolment) = tokio::select! {
         biased;
         () = arrival.overtaken().cancelled() => return Err(SessionError::Overtaken),
-        arrived = arrived(connection, identity, deps) => arrived?,
+        arrived = Box::pin(arrived(connection, identity, deps)) => arrived?,
     };
     let entry = deps
         .registry
@@ -186,17 +186,18 @@ async fn begun(
     shutdown: CancellationToken,
 ) -> Result<(), SessionError> {
     let mut ending = entry.ending();
+    // Boxed, as is what else a session goes through once: the rest of its life is much smaller.
     let (hello, claim) = tokio::select! {
         biased;
         Ending { reason, message } = told(&mut ending) => {
             say_goodbye(lanes, go_away(reason, message.clone())).await;
             return Err(SessionError::Ended(message));
         }
-        greeted = greeted(lanes, &identity.node, deps) => greeted?,
+        greeted = Box::pin(greeted(lanes, &identity.node, deps)) => greeted?,
     };
     let claim = Arc::new(claim);
     entry.epoch.store(claim.epoch(), Ordering::Relaxed);
-    if rotates && let Err(error) = deps.enroller.first_session(identity).await {
+    if rotates && let Err(error) = Box::pin(deps.enroller.first_session(identity)).await {
         // The older key stays valid a little longer.
         warn!(error = %chain(&error), "the first session of a certificate was not recorded");
     }

@@ -15,7 +15,7 @@ use std::time::Duration;
 use common::ahead::ReadAhead;
 use common::ids::NodeName;
 use common::stream::request::Target;
-use common::stream::{BUFFER, LONGEST_HEAD};
+use common::stream::{BUFFER, LONGEST_HEAD, gate::gate};
 use http::{HeaderValue, Request, Response, StatusCode, header};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -158,10 +158,11 @@ impl Server {
         let chain = stream.get_ref().1.peer_certificates();
         let chain: Vec<CertificateDer<'static>> = chain.unwrap_or_default().to_vec();
         let left = Mutex::new(None);
+        let (stream, gate) = gate(stream);
         let service = service_fn(|request| async {
             let (answer, splice) = self.answer(node, &chain, request).await;
             *left.lock().unwrap_or_else(PoisonError::into_inner) = splice;
-            Ok::<_, std::convert::Infallible>(answer)
+            Ok::<_, std::convert::Infallible>(answer.map(|body| gate.before(body)))
         });
         let served = http1::Builder::new()
             .timer(TokioTimer::new())

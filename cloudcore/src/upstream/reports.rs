@@ -69,7 +69,8 @@ pub(super) struct Held {
 /// The reports of one node.
 #[derive(Debug, Default)]
 pub(super) struct NodeReports {
-    pub(super) held: BTreeMap<ObjectKey, Held>,
+    /// Boxed: a map's node has room for eleven, and most nodes of a fleet have few.
+    pub(super) held: BTreeMap<ObjectKey, Box<Held>>,
     bytes: usize,
 }
 
@@ -114,7 +115,7 @@ impl NodeReports {
                     compared: None,
                     deleted: false,
                 };
-                self.held.insert(key.clone(), held);
+                self.held.insert(key.clone(), Box::new(held));
             }
         }
         Ok(())

@@ -369,7 +369,7 @@ impl Shared {
             held.returned = None;
         }
         Some(Sitting {
-            held: held.clone(),
+            held: Held::clone(held),
             claim: session.claim.clone(),
             session: session.id,
         })

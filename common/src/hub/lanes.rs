@@ -1,16 +1,19 @@
 //! The three lanes of a session over one connection: frames in, frames out. An adapter.
 //!
-//! Owns a reader and a writer task for each lane; they end when this is dropped. A slow bulk lane
-//! delays neither of the others.
+//! Owns one task that writes, which ends when this is dropped; reading happens in whoever receives.
+//! A slow bulk lane delays neither of the others.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
+use futures::task::AtomicWaker;
 use prost::Message as _;
-use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::trace;
 
 use crate::hub::frame::{self, FrameReader};
@@ -21,9 +24,6 @@ use crate::hub::{Lane, proto};
 /// What may wait to be written before the peer counts as stalled. The session's own windows keep
 /// honest traffic far below: two batches, 256 KiB of reports, one inventory of 30,000 keys.
 const MAX_QUEUED: usize = 8 << 20;
-
-/// Frames read and not yet handled; with it full, the transport's flow control holds the peer.
-const INCOMING: usize = 8;
 
 const READ_CHUNK: usize = 16 << 10;
 
@@ -50,10 +50,56 @@ type Received = Result<(Lane, Box<proto::Message>), LaneError>;
 
 /// See the module.
 pub struct Lanes {
-    writers: [mpsc::UnboundedSender<Bytes>; 3],
-    queued: Arc<AtomicUsize>,
-    incoming: mpsc::Receiver<Received>,
-    _tasks: JoinSet<()>,
+    outbox: Arc<Outbox>,
+    readers: [Reader; 3],
+    /// Whose turn it is to be looked at first.
+    turn: usize,
+    _writer: AbortOnDropHandle<()>,
+}
+
+struct Reader {
+    lane: Lane,
+    recv: RecvStream,
+    frames: FrameReader,
+}
+
+/// What waits to be written. No channels: an idle one would set aside room for thirty-two messages.
+#[derive(Default)]
+struct Outbox {
+    waiting: Mutex<[VecDeque<Bytes>; 3]>,
+    /// Bytes in `waiting`, and in what is being written.
+    queued: AtomicUsize,
+    writer: AtomicWaker,
+    /// Why the writer ended, for whoever receives.
+    failed: Mutex<Option<TransportError>>,
+    receiver: AtomicWaker,
+}
+
+impl Outbox {
+    fn push(&self, lane: Lane, bytes: Bytes) -> usize {
+        let size = bytes.len();
+        let waiting = self.queued.fetch_add(size, Ordering::Relaxed) + size;
+        if waiting <= MAX_QUEUED {
+            lock(&self.waiting)[lane as usize].push_back(bytes);
+            self.writer.wake();
+        }
+        waiting
+    }
+
+    fn pop(&self, lane: usize) -> Option<Bytes> {
+        let queue = &mut lock(&self.waiting)[lane];
+        let bytes = queue.pop_front();
+        if queue.is_empty() {
+            // An idle session holds no buffer.
+            *queue = VecDeque::new();
+        }
+        bytes
+    }
+}
+
+/// A panic under these locks leaves queues that are whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn class(lane: Lane) -> Class {
@@ -103,56 +149,46 @@ impl Lanes {
     }
 
     fn over(streams: Vec<(Lane, (SendStream, RecvStream))>, frames: fn() -> FrameReader) -> Self {
-        let queued = Arc::new(AtomicUsize::new(0));
-        let (received, incoming) = mpsc::channel(INCOMING);
-        let mut tasks = JoinSet::new();
-        let mut writer = |send, lane| {
-            let (queue, waiting) = mpsc::unbounded_channel();
-            tasks.spawn(write(send, waiting, queued.clone(), lane, received.clone()));
-            queue
-        };
-        let mut readers = Vec::with_capacity(3);
-        let mut writers = Vec::with_capacity(3);
+        let outbox = Arc::<Outbox>::default();
+        let (mut writers, mut readers) = (Vec::with_capacity(3), Vec::with_capacity(3));
         for (lane, (send, recv)) in streams {
-            writers.push(writer(send, lane));
-            readers.push((lane, recv));
+            writers.push(send);
+            let frames = frames();
+            readers.push(Reader { lane, recv, frames });
         }
-        for (lane, recv) in readers {
-            tasks.spawn(read(recv, lane, frames(), received.clone()));
-        }
-        let writers = writers
-            .try_into()
-            .expect("one stream for each of the three lanes");
+        let writer = tokio::spawn(write(outbox.clone(), writers));
+        let Ok(readers) = readers.try_into() else {
+            unreachable!("one stream for each of the three lanes");
+        };
         Self {
-            writers,
-            queued,
-            incoming,
-            _tasks: tasks,
+            outbox,
+            readers,
+            turn: 0,
+            _writer: AbortOnDropHandle::new(writer),
         }
     }
 
-    /// Queues a message; the lane's writer sends it.
+    /// Queues a message; the writer sends it.
     pub fn send(&self, lane: Lane, message: &proto::Message) -> Result<(), LaneError> {
         let bytes = frame::encode(message);
         trace!(?lane, message = name(message), bytes = bytes.len(), "sent");
-        let waiting = self.queued.fetch_add(bytes.len(), Ordering::Relaxed) + bytes.len();
-        if waiting > MAX_QUEUED {
+        if self.outbox.push(lane, bytes) > MAX_QUEUED {
             return Err(LaneError::Stalled);
         }
-        // A writer that ended has said why through `incoming`.
-        let _ = self.writers[lane as usize].send(bytes);
+        // A writer that ended has said why through `failed`.
         Ok(())
     }
 
     /// Bytes that wait to be written.
     pub fn queued(&self) -> usize {
-        self.queued.load(Ordering::Relaxed)
+        self.outbox.queued.load(Ordering::Relaxed)
     }
 
-    /// The next message of any lane, or why there is none. Cancel safe.
+    /// The next message of any lane, or why there is none. Cancel safe. What is not received is held
+    /// back by the transport's flow control.
     pub async fn recv(&mut self) -> Received {
-        let received = self.incoming.recv().await;
-        if let Some(Ok((lane, message))) = &received {
+        let received = poll_fn(|cx| self.poll_recv(cx)).await;
+        if let Ok((lane, message)) = &received {
             trace!(
                 ?lane,
                 message = name(message),
@@ -160,7 +196,38 @@ impl Lanes {
                 "received"
             );
         }
-        received.unwrap_or(Err(LaneError::Closed(Lane::Control)))
+        received
+    }
+
+    fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Received> {
+        self.outbox.receiver.register(cx.waker());
+        if let Some(error) = lock(&self.outbox.failed).clone() {
+            return Poll::Ready(Err(error.into()));
+        }
+        for n in 0..self.readers.len() {
+            let turn = (self.turn + n) % self.readers.len();
+            if let Poll::Ready(received) = self.readers[turn].poll_next(cx) {
+                self.turn = turn + 1;
+                return Poll::Ready(received);
+            }
+        }
+        Poll::Pending
+    }
+}
+
+impl Reader {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Received> {
+        loop {
+            match self.frames.next_message() {
+                Ok(Some(message)) => return Poll::Ready(Ok((self.lane, Box::new(message)))),
+                Ok(None) => {}
+                Err(error) => return Poll::Ready(Err(LaneError::Frame(self.lane, error))),
+            }
+            match ready!(self.recv.poll_bytes(cx, READ_CHUNK))? {
+                Some(bytes) => self.frames.feed(&bytes),
+                None => return Poll::Ready(Err(LaneError::Closed(self.lane))),
+            }
+        }
     }
 }
 
@@ -186,53 +253,45 @@ fn name(message: &proto::Message) -> &'static str {
     }
 }
 
-async fn write(
-    mut send: SendStream,
-    mut waiting: mpsc::UnboundedReceiver<Bytes>,
-    queued: Arc<AtomicUsize>,
-    _lane: Lane,
-    failed: mpsc::Sender<Received>,
-) {
-    while let Some(bytes) = waiting.recv().await {
-        let size = bytes.len();
-        if let Err(error) = send.write_all(bytes).await {
-            let _ = failed.send(Err(error.into())).await;
-            return;
+/// Writes for as long as the lanes live, or until a stream fails.
+async fn write(outbox: Arc<Outbox>, mut streams: Vec<SendStream>) {
+    let mut partly: [Bytes; 3] = Default::default();
+    let error = poll_fn(|cx| {
+        outbox.writer.register(cx.waker());
+        for (lane, send) in streams.iter_mut().enumerate() {
+            if let Poll::Ready(error) = poll_write(cx, &outbox, lane, send, &mut partly[lane]) {
+                return Poll::Ready(error);
+            }
         }
-        queued.fetch_sub(size, Ordering::Relaxed);
-    }
-    send.finish();
+        Poll::Pending
+    })
+    .await;
+    *lock(&outbox.failed) = Some(error);
+    outbox.receiver.wake();
 }
 
-async fn read(
-    mut recv: RecvStream,
-    lane: Lane,
-    mut frames: FrameReader,
-    received: mpsc::Sender<Received>,
-) {
+/// Writes what one lane has to say; ready when it cannot any more. A lane that is full delays none
+/// of the others.
+fn poll_write(
+    cx: &mut Context<'_>,
+    outbox: &Outbox,
+    lane: usize,
+    send: &mut SendStream,
+    partly: &mut Bytes,
+) -> Poll<TransportError> {
     loop {
-        let result = match recv.read(READ_CHUNK).await {
-            Ok(Some(bytes)) => {
-                frames.feed(&bytes);
-                Ok(())
+        if partly.is_empty() {
+            match outbox.pop(lane) {
+                Some(bytes) => *partly = bytes,
+                None => return Poll::Pending,
             }
-            Ok(None) => Err(LaneError::Closed(lane)),
-            Err(error) => Err(error.into()),
-        };
-        if let Err(error) = result {
-            let _ = received.send(Err(error)).await;
-            return;
         }
-        loop {
-            let next = match frames.next_message() {
-                Ok(Some(message)) => Ok((lane, Box::new(message))),
-                Ok(None) => break,
-                Err(error) => Err(LaneError::Frame(lane, error)),
-            };
-            let lost = next.is_err();
-            if received.send(next).await.is_err() || lost {
-                return;
+        match ready!(send.poll_write(cx, partly)) {
+            Ok(length) => {
+                partly.advance(length);
+                outbox.queued.fetch_sub(length, Ordering::Relaxed);
             }
+            Err(error) => return Poll::Ready(error),
         }
     }
 }

@@ -126,14 +126,8 @@ pub async fn bind(
 ) -> Result<(Listener, ListenTask), ListenError> {
     let (tcp, udp, address) = bind_pair(config.address).await?;
     let server = quic::server_config(tls.hub.clone(), &config.link).map_err(ListenError::Tls)?;
-    let runtime = Arc::new(quinn::TokioRuntime);
-    let endpoint = quinn::Endpoint::new(
-        quic::listening_config(&config.reset_key),
-        Some(server),
-        udp,
-        runtime,
-    )
-    .map_err(bind_error(address, "QUIC"))?;
+    let endpoint =
+        quic::listen(udp, &config.reset_key, server).map_err(bind_error(address, "QUIC"))?;
     let gate = Gate::new(config.limits.handshakes, config.limits.per_source);
     let shared = Arc::new(Shared {
         endpoint,

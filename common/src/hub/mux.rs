@@ -27,7 +27,7 @@ use halves::{RecvHalf, RecvState, SendHalf, SendState};
 
 /// What each stream may receive before its reader takes anything: part of the protocol, since the
 /// opener writes before it hears from the peer.
-pub const INITIAL_WINDOW: u32 = 128 * 1024;
+pub const INITIAL_WINDOW: u32 = 64 * 1024;
 /// The code of a stream that was refused because too many are open.
 pub const CODE_TOO_MANY_STREAMS: u32 = 1;
 /// Answers to a flood of opens that wait for the pipe: more means that the peer does not read.
@@ -109,7 +109,8 @@ pub struct Mux {
     side: Side,
     max_local: usize,
     max_remote: usize,
-    streams: BTreeMap<u32, Stream>,
+    /// Boxed: a map's node has room for eleven, and a resting connection has three.
+    streams: BTreeMap<u32, Box<Stream>>,
     next_local: u32,
     last_remote: u32,
     local_open: usize,
@@ -174,7 +175,7 @@ impl Mux {
         let id = self.next_local;
         self.next_local += 2;
         self.local_open += 1;
-        self.streams.insert(id, Stream::new(class));
+        self.streams.insert(id, Box::new(Stream::new(class)));
         self.control.push_back(Frame::Open { stream: id, class });
         Some(id)
     }
@@ -341,7 +342,7 @@ impl Mux {
             return Ok(());
         }
         self.remote_open += 1;
-        self.streams.insert(id, Stream::new(class));
+        self.streams.insert(id, Box::new(Stream::new(class)));
         self.incoming.push_back(id);
         self.events.push_back(Event::Incoming);
         Ok(())
@@ -496,7 +497,7 @@ impl Mux {
         if !opened {
             return Err(Violation::NeverOpened(id));
         }
-        Ok(self.streams.get_mut(&id))
+        Ok(self.streams.get_mut(&id).map(Box::as_mut))
     }
 
     fn sweep(&mut self, id: u32) {

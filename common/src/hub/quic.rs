@@ -5,13 +5,18 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use quinn::{EndpointConfig, IdleTimeout, MtuDiscoveryConfig, VarInt};
+use quinn::{EndpointConfig, IdleTimeout, MtuDiscoveryConfig, Runtime, VarInt};
 use quinn_proto::HashedConnectionIdGenerator;
 use rustls_pki_types::CertificateDer;
+use socket2::SockRef;
 
 use super::mux::Side;
 use super::tls::ClientTls;
 use super::transport::{Class, Connection, Link, LinkConfig, Tally, TransportError};
+
+mod socket;
+
+use socket::Sparing;
 
 /// Bytes that peers who have not proved their address may make us keep: one first packet each.
 const INCOMING_BUFFER: u64 = 8 * 1024;
@@ -22,7 +27,7 @@ const MAX_INCOMING: usize = 512;
 /// a holder of `reset_key` can make. The replicas of one cloud share it, and it outlives their
 /// processes, so that a device whose cloud was killed hears so at its next datagram instead of
 /// waiting for silence. Connection ids that name a replica come in here.
-pub(super) fn listening_config(reset_key: &[u8; 32]) -> EndpointConfig {
+fn listening_config(reset_key: &[u8; 32]) -> EndpointConfig {
     let key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, reset_key);
     // The generator tells its own ids from noise, and only those are answered.
     let tag = ring::hmac::sign(&key, b"connection ids");
@@ -32,6 +37,31 @@ pub(super) fn listening_config(reset_key: &[u8; 32]) -> EndpointConfig {
     let mut config = EndpointConfig::new(Arc::new(key));
     config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(id_key)));
     config
+}
+
+/// What may wait in the kernel until we read it: with its default of about a hundred packets a fast
+/// tunnel loses some whenever we are not scheduled for a moment. The kernel gives less where
+/// `net.core.rmem_max` says so, and takes memory only for what waits.
+const UNREAD: usize = 2 << 20;
+
+/// A socket that loses little; one that may not be enlarged only loses more.
+fn enlarge(socket: &std::net::UdpSocket) {
+    let options = SockRef::from(socket);
+    drop(options.set_recv_buffer_size(UNREAD));
+    drop(options.set_send_buffer_size(UNREAD));
+}
+
+/// The listener's endpoint on a bound socket.
+pub(super) fn listen(
+    socket: std::net::UdpSocket,
+    reset_key: &[u8; 32],
+    server: quinn::ServerConfig,
+) -> std::io::Result<quinn::Endpoint> {
+    let runtime = Arc::new(quinn::TokioRuntime);
+    enlarge(&socket);
+    let socket = Sparing::new(runtime.wrap_udp_socket(socket)?);
+    let config = listening_config(reset_key);
+    quinn::Endpoint::new_with_abstract_socket(config, Some(server), Arc::new(socket), runtime)
 }
 
 fn transport(config: &LinkConfig, side: Side) -> Arc<quinn::TransportConfig> {
@@ -100,6 +130,7 @@ pub(super) async fn dial(
         SocketAddr::V6(_) => ([0u16; 8], 0).into(),
     };
     let socket = std::net::UdpSocket::bind(any).map_err(TransportError::unusable)?;
+    enlarge(&socket);
     let runtime = Arc::new(quinn::TokioRuntime);
     let endpoint = quinn::Endpoint::new(EndpointConfig::default(), None, socket, runtime)
         .map_err(TransportError::unusable)?;

@@ -8,7 +8,7 @@
 pub mod cloud;
 pub mod edge;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use crate::hub::proto;
 use crate::ids::{Kind, NameError};
@@ -57,6 +57,15 @@ trait Stage: Copy + PartialEq {
             Err(ProtocolError::OutOfPlace(what, self.word()))
         }
     }
+}
+
+/// The next of a queue; an empty one holds no memory, since most sessions rest.
+pub(crate) fn pop_from<T>(queue: &mut VecDeque<T>) -> Option<T> {
+    let front = queue.pop_front();
+    if queue.is_empty() {
+        *queue = VecDeque::new();
+    }
+    front
 }
 
 pub(crate) fn id16(what: &'static str, bytes: &[u8]) -> Result<[u8; 16], ProtocolError> {

@@ -137,8 +137,8 @@ impl Default for LinkConfig {
             ping_every: Duration::from_secs(20),
             dead_after: Duration::from_secs(45),
             cloud_streams: 72,
-            device_streams: 24,
-            stream_window: 128 * 1024,
+            device_streams: 8,
+            stream_window: 64 * 1024,
             mtu_discovery: false,
         }
     }
@@ -445,7 +445,7 @@ impl SendStream {
     }
 
     /// Takes what there is room for.
-    fn poll_write(
+    pub(super) fn poll_write(
         &mut self,
         cx: &mut Context<'_>,
         bytes: &[u8],
@@ -483,23 +483,38 @@ pub struct RecvStream {
 impl RecvStream {
     /// The next bytes, at most `max`; nothing at the end. Cancel-safe.
     pub async fn read(&mut self, max: usize) -> Result<Option<Bytes>, TransportError> {
-        if !self.partial.is_empty() {
-            let length = self.partial.len().min(max);
-            return Ok(Some(self.partial.split_to(length).freeze()));
-        }
-        self.read_raw(max).await
+        poll_fn(|cx| self.poll_bytes(cx, max)).await
     }
 
-    async fn read_raw(&mut self, max: usize) -> Result<Option<Bytes>, TransportError> {
+    /// [`RecvStream::read`], for whoever waits for several things.
+    pub(super) fn poll_bytes(
+        &mut self,
+        cx: &mut Context<'_>,
+        max: usize,
+    ) -> Poll<Result<Option<Bytes>, TransportError>> {
+        if !self.partial.is_empty() {
+            let length = self.partial.len().min(max);
+            return Poll::Ready(Ok(Some(self.partial.split_to(length).freeze())));
+        }
+        self.poll_raw(cx, max)
+    }
+
+    fn poll_raw(
+        &mut self,
+        cx: &mut Context<'_>,
+        max: usize,
+    ) -> Poll<Result<Option<Bytes>, TransportError>> {
         let bytes = match &mut self.raw {
-            RawRecv::Quic(recv) => recv.read_chunk(max, true).await?.map(|chunk| chunk.bytes),
-            RawRecv::WebSocket(recv) => poll_fn(|cx| recv.poll_read(cx, max)).await?,
+            // Cancel-safe: nothing is lost with the future.
+            RawRecv::Quic(recv) => ready!(std::pin::pin!(recv.read_chunk(max, true)).poll(cx))?
+                .map(|chunk| chunk.bytes),
+            RawRecv::WebSocket(recv) => ready!(recv.poll_read(cx, max))?,
         };
         if let Some(bytes) = &bytes {
             self.tally
                 .count(Direction::Received, self.class, bytes.len());
         }
-        Ok(bytes)
+        Poll::Ready(Ok(bytes))
     }
 
     /// Fills what there is room for; nothing at the end.
@@ -570,7 +585,7 @@ impl RecvStream {
     /// Reads on towards `length` bytes; false at the end of the stream.
     async fn grow(&mut self, length: usize) -> Result<bool, TransportError> {
         let missing = length - self.partial.len();
-        match self.read_raw(missing).await? {
+        match poll_fn(|cx| self.poll_raw(cx, missing)).await? {
             Some(bytes) => {
                 self.partial.extend_from_slice(&bytes);
                 Ok(true)

@@ -42,10 +42,11 @@ type Wire = WebSocketStream<TlsStream<Socket>>;
 /// buffer of this.
 const TOGETHER: usize = 32 * 1024;
 
-/// The library's defaults cost 128 KiB a connection; frames are bounded before allocation.
+/// The library's defaults cost 128 KiB a connection; frames are bounded before allocation. A resting
+/// connection keeps its read buffer; what is longer is read into a buffer of its own length.
 fn config() -> WebSocketConfig {
     WebSocketConfig::default()
-        .read_buffer_size(2 * 1024)
+        .read_buffer_size(512)
         .write_buffer_size(TOGETHER)
         .max_write_buffer_size(TOGETHER + 2 * MAX_MESSAGE)
         .max_message_size(Some(MAX_MESSAGE))
@@ -177,7 +178,7 @@ fn start(ws: Wire, remote: SocketAddr, side: Side, link: &LinkConfig) -> Connect
         changed: Notify::new(),
         remote,
     });
-    let driver = driver::Driver::new(ws, core.clone(), side, link);
+    let driver = Box::new(driver::Driver::new(ws, core.clone(), side, link));
     // The connection's own task, as quinn has one; it ends with the connection.
     tokio::spawn(driver.run());
     let handle = Arc::new(Handle { core });

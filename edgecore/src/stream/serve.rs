@@ -6,7 +6,7 @@ use std::convert::Infallible;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use common::stream::LONGEST_HEAD;
+use common::stream::{LONGEST_HEAD, gate::gate};
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use http::header::{CONNECTION, HeaderValue};
@@ -31,10 +31,11 @@ where
     F: Future<Output = Answer>,
 {
     let after: Arc<Mutex<Option<BoxFuture<'static, ()>>>> = Arc::default();
+    let (io, gate) = gate(io);
     let service = service_fn(|request: Request<Incoming>| {
         let refused = request.extensions().get::<OnUpgrade>().cloned();
         let answered = answer(request);
-        let slot = after.clone();
+        let (slot, gate) = (after.clone(), gate.clone());
         async move {
             let mut answer = answered.await;
             if answer.response.status() != StatusCode::SWITCHING_PROTOCOLS {
@@ -43,7 +44,7 @@ where
                 answer.after = refused.map(|asker| shut(asker).boxed());
             }
             *slot.lock().unwrap_or_else(PoisonError::into_inner) = answer.after;
-            Ok::<_, Infallible>(answer.response)
+            Ok::<_, Infallible>(answer.response.map(|body| gate.before(body)))
         }
     });
     let served = http1::Builder::new()
@@ -76,9 +77,12 @@ async fn shut(asker: OnUpgrade) {
 mod tests {
     use std::io;
     use std::pin::Pin;
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
     use std::task::{Context, Poll};
 
+    use bytes::Bytes;
+    use http_body_util::{BodyExt, StreamBody};
+    use hyper::body::Frame;
     use tokio::io::{AsyncReadExt as _, DuplexStream, ReadBuf};
 
     use super::*;
@@ -143,5 +147,37 @@ mod tests {
             assert!(said.ends_with("no such pod"), "{said}");
             assert!(shut, "broken off: {head}");
         }
+    }
+
+    #[tokio::test]
+    async fn of_an_answer_that_nobody_reads_little_is_made() {
+        const PIECE: usize = 8 << 10;
+        let (mut asker, io) = tokio::io::duplex(4096);
+        let made = Arc::new(AtomicUsize::new(0));
+        let counter = made.clone();
+        let answer = move |_| {
+            let counter = counter.clone();
+            async move {
+                let pieces = futures::stream::repeat_with(move || {
+                    counter.fetch_add(1, Ordering::Relaxed);
+                    Ok(Frame::data(Bytes::from_static(&[7; PIECE])))
+                });
+                Answer::from(http::Response::new(BodyExt::boxed_unsync(StreamBody::new(
+                    pieces,
+                ))))
+            }
+        };
+        let served = tokio::spawn(serve(io, answer));
+        asker
+            .write_all(b"GET /containerLogs/a/b/c HTTP/1.1\r\nHost: n\r\n\r\n")
+            .await
+            .unwrap();
+        asker.read_exact(&mut [0; PIECE]).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let before = made.load(Ordering::Relaxed);
+        assert!(before * PIECE <= 64 << 10, "{before} pieces");
+        asker.read_exact(&mut vec![0; 32 * PIECE]).await.unwrap();
+        assert!(made.load(Ordering::Relaxed) >= 32, "it goes on");
+        served.abort();
     }
 }

@@ -9,6 +9,8 @@ use super::{Read, StreamEnd, Violation};
 /// What a writer may queue ahead of the pipe: enough to keep it busy between two turns of the
 /// writer, little enough that a stream costs little while it waits.
 pub(super) const SEND_BUFFER: usize = 32 * 1024;
+/// What is received is not grown beyond this, but followed by another.
+const RECV_PIECE: usize = 8 * 1024;
 /// Many tiny writes cost by the piece.
 const SEND_PIECES: usize = 64;
 
@@ -135,9 +137,49 @@ pub(super) enum RecvState {
     Stopped,
 }
 
+/// What arrived and was not read: in pieces, so that it is held once and not moved as it grows.
+/// Copied, so that a small piece never holds a whole message's memory.
+#[derive(Default)]
+struct Arrived {
+    whole: VecDeque<Bytes>,
+    last: BytesMut,
+}
+
+impl Arrived {
+    fn push(&mut self, bytes: &[u8]) {
+        let room = self.last.capacity() - self.last.len();
+        if bytes.len() > room && self.last.len() >= RECV_PIECE {
+            self.whole
+                .push_back(std::mem::take(&mut self.last).freeze());
+        }
+        self.last.extend_from_slice(bytes);
+    }
+
+    fn pop(&mut self, max: usize) -> Option<Bytes> {
+        let front = match self.whole.front_mut() {
+            Some(front) => front,
+            None if self.last.is_empty() => return None,
+            // The whole allocation goes with it: an idle stream holds none.
+            None => {
+                self.whole = VecDeque::new();
+                let last = std::mem::take(&mut self.last).freeze();
+                if last.len() <= max {
+                    return Some(last);
+                }
+                self.whole.push_back(last);
+                self.whole.front_mut()?
+            }
+        };
+        if front.len() > max {
+            return Some(front.split_to(max));
+        }
+        self.whole.pop_front()
+    }
+}
+
 pub(super) struct RecvHalf {
     state: RecvState,
-    buffer: BytesMut,
+    arrived: Arrived,
     window: u32,
     /// What the peer may send still.
     credit: u32,
@@ -152,7 +194,7 @@ impl RecvHalf {
     pub(super) fn new(window: u32) -> Self {
         Self {
             state: RecvState::Open,
-            buffer: BytesMut::new(),
+            arrived: Arrived::default(),
             window,
             credit: window,
             taken: 0,
@@ -174,8 +216,7 @@ impl RecvHalf {
             .credit
             .checked_sub(length)
             .ok_or(Violation::OverCredit(id))?;
-        // Copied, so that a small piece never holds a whole message's memory.
-        self.buffer.extend_from_slice(bytes);
+        self.arrived.push(bytes);
         Ok(!bytes.is_empty() && std::mem::take(&mut self.blocked))
     }
 
@@ -188,13 +229,13 @@ impl RecvHalf {
             (RecvState::Ended | RecvState::Reset(_) | RecvState::Stopped, _) => return false,
         }
         if matches!(self.state, RecvState::Reset(_)) {
-            self.buffer = BytesMut::new();
+            self.arrived = Arrived::default();
         }
         std::mem::take(&mut self.blocked)
     }
 
     pub(super) fn read(&mut self, max: usize) -> Result<Read, StreamEnd> {
-        if self.buffer.is_empty() {
+        let Some(bytes) = self.arrived.pop(max) else {
             return match self.state {
                 RecvState::Open => {
                     self.blocked = true;
@@ -204,12 +245,6 @@ impl RecvHalf {
                 RecvState::Reset(code) => Err(StreamEnd::Reset(code)),
                 RecvState::Stopped => Err(StreamEnd::Gone),
             };
-        }
-        let bytes = if self.buffer.len() <= max {
-            // The whole allocation goes with it: an idle stream holds none.
-            std::mem::take(&mut self.buffer).freeze()
-        } else {
-            self.buffer.split_to(max).freeze()
         };
         self.taken += u32::try_from(bytes.len()).unwrap_or(u32::MAX);
         Ok(Read::Bytes(bytes))
@@ -236,7 +271,7 @@ impl RecvHalf {
         if open {
             self.state = RecvState::Stopped;
         }
-        self.buffer = BytesMut::new();
+        self.arrived = Arrived::default();
         open
     }
 

@@ -19,7 +19,7 @@ use prost::Message as _;
 
 use super::{
     MAX_OBJECTS, MAX_REPORT, Marks, ProtocolError, Stage, behind, digest_or_empty, id16,
-    marks_from_wire, marks_to_wire,
+    marks_from_wire, marks_to_wire, pop_from,
 };
 use crate::hub::proto::message::Body;
 use crate::hub::{Lane, PROTOCOL_VERSION, delta, proto};
@@ -209,11 +209,11 @@ impl CloudSession {
     }
 
     pub fn poll_message(&mut self) -> Option<(Lane, proto::Message)> {
-        self.out.pop_front()
+        pop_from(&mut self.out)
     }
 
     pub fn poll_event(&mut self) -> Option<CloudEvent> {
-        self.events.pop_front()
+        pop_from(&mut self.events)
     }
 
     pub fn live(&self) -> bool {

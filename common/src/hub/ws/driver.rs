@@ -79,7 +79,8 @@ impl Driver {
         }
     }
 
-    pub(super) async fn run(mut self) {
+    /// Boxed, since a future holds what it was given and what it works on.
+    pub(super) async fn run(mut self: Box<Self>) {
         let end = std::future::poll_fn(|cx| self.poll(cx)).await;
         tracing::debug!(reason = %end, "websocket connection ended");
         let ours = matches!(end, TransportError::ClosedHere);
@@ -88,12 +89,12 @@ impl Driver {
             // Reading on until the peer hangs up: a socket closed over unread bytes is reset, and
             // the reset would overtake the last words.
             let tls = self.ws.get_mut();
-            let goodbye = async {
+            let goodbye = Box::pin(async {
                 tls.shutdown().await?;
                 let mut sink = [0; 1024];
                 while tls.read(&mut sink).await? > 0 {}
                 Ok::<_, std::io::Error>(())
-            };
+            });
             // Whatever comes of it, the connection is over.
             drop(tokio::time::timeout(LAST_WORDS, goodbye).await);
         }
