@@ -203,7 +203,8 @@ async fn ask(
 ) -> Result<(Response<Incoming>, AbortOnDropHandle<()>), NoAnswer> {
     let broke = |e: hyper::Error| NoAnswer::Broke(node.clone(), e.into());
     let (mut sender, connection) = http1::Builder::new()
-        .max_buf_size(BUFFER)
+        // What is held of an answer on its way; a head is smaller.
+        .max_buf_size(BUFFER / 2)
         .handshake(TokioIo::new(stream))
         .await
         .map_err(broke)?;
