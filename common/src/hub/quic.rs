@@ -67,8 +67,10 @@ pub(super) fn listen(
 fn transport(config: &LinkConfig, side: Side) -> Arc<quinn::TransportConfig> {
     let (ours, theirs) = config.streams(side);
     let both = u64::from(ours) + u64::from(theirs);
-    // With less, stalled streams use up the connection's window and freeze the rest.
-    let window = both * u64::from(config.stream_window);
+    // With less, stalled streams use up the connection's window and freeze the rest. A quarter more,
+    // since quinn grants anew only when an eighth of the window was read: what stalled streams leave
+    // must be more than that.
+    let window = (both + both / 4) * u64::from(config.stream_window);
     let window_varint = VarInt::from_u64(window).unwrap_or(VarInt::MAX);
     // The first keep-alive after the last answer starts the wait anew.
     let silence = match side {

@@ -113,8 +113,8 @@ pub struct LinkConfig {
     /// Streams that the device may have open: its lanes, and room to grow. Fewer, because quinn
     /// sets aside room at the cloud for each that may come.
     pub device_streams: u16,
-    /// QUIC only: what a stream may carry beyond its reader. The connection's window is this times
-    /// all streams of both sides, so that stalled streams never stop the others.
+    /// QUIC only: what a stream may carry beyond its reader. The connection's window is more than
+    /// this times all streams of both sides, so that stalled streams never stop the others.
     pub stream_window: u32,
     /// QUIC only: probes cost an idle link bytes.
     pub mtu_discovery: bool,
