@@ -13,6 +13,7 @@ use std::time::Duration;
 use bytes::{Buf, Bytes};
 use futures::task::AtomicWaker;
 use prost::Message as _;
+use tokio::task::coop;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::trace;
 
@@ -76,14 +77,21 @@ struct Outbox {
 }
 
 impl Outbox {
-    fn push(&self, lane: Lane, bytes: Bytes) -> usize {
+    /// False when too much waits already. What comes after the writer's end goes nowhere: whoever
+    /// receives is told.
+    fn push(&self, lane: Lane, bytes: Bytes) -> bool {
+        if lock(&self.failed).is_some() {
+            return true;
+        }
         let size = bytes.len();
         let waiting = self.queued.fetch_add(size, Ordering::Relaxed) + size;
-        if waiting <= MAX_QUEUED {
-            lock(&self.waiting)[lane as usize].push_back(bytes);
-            self.writer.wake();
+        if waiting > MAX_QUEUED {
+            self.queued.fetch_sub(size, Ordering::Relaxed);
+            return false;
         }
-        waiting
+        lock(&self.waiting)[lane as usize].push_back(bytes);
+        self.writer.wake();
+        true
     }
 
     fn pop(&self, lane: usize) -> Option<Bytes> {
@@ -172,11 +180,11 @@ impl Lanes {
     pub fn send(&self, lane: Lane, message: &proto::Message) -> Result<(), LaneError> {
         let bytes = frame::encode(message);
         trace!(?lane, message = name(message), bytes = bytes.len(), "sent");
-        if self.outbox.push(lane, bytes) > MAX_QUEUED {
-            return Err(LaneError::Stalled);
+        if self.outbox.push(lane, bytes) {
+            Ok(())
+        } else {
+            Err(LaneError::Stalled)
         }
-        // A writer that ended has said why through `failed`.
-        Ok(())
     }
 
     /// Bytes that wait to be written.
@@ -200,18 +208,29 @@ impl Lanes {
     }
 
     fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Received> {
+        // A peer that floods leaves room for the others on its thread.
+        let budget = ready!(coop::poll_proceed(cx));
         self.outbox.receiver.register(cx.waker());
-        if let Some(error) = lock(&self.outbox.failed).clone() {
-            return Poll::Ready(Err(error.into()));
-        }
+        // What had arrived before the end is still given, on whichever lane: a GoAway says why.
+        let mut end = lock(&self.outbox.failed).clone().map(LaneError::from);
         for n in 0..self.readers.len() {
             let turn = (self.turn + n) % self.readers.len();
-            if let Poll::Ready(received) = self.readers[turn].poll_next(cx) {
-                self.turn = turn + 1;
-                return Poll::Ready(received);
+            match self.readers[turn].poll_next(cx) {
+                Poll::Pending => {}
+                Poll::Ready(Err(error @ (LaneError::Transport(_) | LaneError::Closed(_)))) => {
+                    end.get_or_insert(error);
+                }
+                Poll::Ready(received) => {
+                    budget.made_progress();
+                    self.turn = turn + 1;
+                    return Poll::Ready(received);
+                }
             }
         }
-        Poll::Pending
+        match end {
+            Some(error) => Poll::Ready(Err(error)),
+            None => Poll::Pending,
+        }
     }
 }
 
@@ -292,6 +311,42 @@ fn poll_write(
                 outbox.queued.fetch_sub(length, Ordering::Relaxed);
             }
             Err(error) => return Poll::Ready(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hub::testing::Cloud;
+    use crate::hub::transport::TransportKind;
+
+    fn message(body: Body) -> proto::Message {
+        proto::Message { body: Some(body) }
+    }
+
+    #[tokio::test]
+    async fn what_was_said_before_the_end_is_heard_whichever_lane_is_looked_at_first() {
+        for kind in [TransportKind::Quic, TransportKind::WebSocket] {
+            let mut cloud = Cloud::start().await;
+            let (edge, served) = cloud.pair(kind).await;
+            let (opened, accepted) = tokio::join!(Lanes::open(&edge), Lanes::accept(&served));
+            let (mut lanes, said) = (opened.unwrap(), accepted.unwrap());
+            // After this the others are looked at first.
+            let first = message(Body::BatchAck(proto::BatchAck::default()));
+            said.send(Lane::Control, &first).unwrap();
+            assert_eq!(lanes.recv().await.unwrap().0, Lane::Control, "{kind}");
+            let goodbye = message(Body::GoAway(proto::GoAway::default()));
+            said.send(Lane::Control, &goodbye).unwrap();
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            served.close(1, "ended");
+            edge.closed().await;
+            let (lane, last) = lanes.recv().await.unwrap();
+            assert_eq!((lane, *last), (Lane::Control, goodbye), "{kind}");
+            assert!(matches!(
+                lanes.recv().await,
+                Err(LaneError::Transport(_) | LaneError::Closed(_))
+            ));
         }
     }
 }

@@ -15,6 +15,9 @@ use futures::task::AtomicWaker;
 use http_body::{Body, Frame, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+/// What is written around a piece at most. Counted too much is put right when all is written.
+const FRAMING: usize = 16;
+
 /// With so much waiting a body rests.
 const ENOUGH: usize = 16 * 1024;
 
@@ -30,8 +33,6 @@ impl State {
         self.waiting.load(Ordering::Acquire) >= ENOUGH
     }
 
-    /// What is around the body's bytes is written too: the count may be short, and is put right
-    /// when all is written.
     fn wrote(&self, length: usize) {
         let less = |waiting: usize| Some(waiting.saturating_sub(length));
         let before = self
@@ -144,7 +145,7 @@ impl<B: Body + Unpin> Body for Resting<B> {
         }
         let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
         let given = frame.as_ref().and_then(|f| f.as_ref().ok()?.data_ref());
-        let length = given.map_or(0, Buf::remaining);
+        let length = given.map_or(0, |data| data.remaining() + FRAMING);
         self.state.waiting.fetch_add(length, Ordering::AcqRel);
         Poll::Ready(frame)
     }

@@ -61,8 +61,8 @@ impl Pace {
 
     fn count(&self, now: Instant, datagrams: u32) {
         let window = self.window(now);
-        let before = self.window.swap(window, Ordering::Relaxed);
-        if before != window {
+        let before = self.window.fetch_max(window, Ordering::Relaxed);
+        if before < window {
             let sent = self.sent.swap(0, Ordering::Relaxed);
             let many = sent >= MANY && before + 1 == window;
             self.many.store(many, Ordering::Relaxed);
@@ -91,8 +91,9 @@ impl AsyncUdpSocket for Sparing {
         let each = transmit.segment_size.unwrap_or(transmit.contents.len());
         let datagrams = transmit.contents.len().div_ceil(each.max(1));
         let datagrams = u32::try_from(datagrams).unwrap_or(u32::MAX);
+        self.socket.try_send(transmit)?;
         self.pace.count(Instant::now(), datagrams);
-        self.socket.try_send(transmit)
+        Ok(())
     }
 
     fn poll_recv(
