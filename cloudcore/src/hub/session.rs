@@ -115,6 +115,7 @@ async fn admitted(
     shutdown: CancellationToken,
 ) -> Result<(), SessionError> {
     let arrival = deps.registry.arrive(identity.key_id);
+    // Boxed, as is what else a session goes through once: the rest of its life is much smaller.
     let (mut lanes, enrolment) = tokio::select! {
         biased;
         () = arrival.overtaken().cancelled() => return Err(SessionError::Overtaken),
@@ -186,7 +187,6 @@ async fn begun(
     shutdown: CancellationToken,
 ) -> Result<(), SessionError> {
     let mut ending = entry.ending();
-    // Boxed, as is what else a session goes through once: the rest of its life is much smaller.
     let (hello, claim) = tokio::select! {
         biased;
         Ending { reason, message } = told(&mut ending) => {

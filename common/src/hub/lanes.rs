@@ -19,6 +19,7 @@ use tracing::trace;
 
 use crate::hub::frame::{self, FrameReader};
 use crate::hub::proto::message::Body;
+use crate::hub::session::pop_from;
 use crate::hub::transport::{Class, Connection, RecvStream, SendStream, TransportError};
 use crate::hub::{Lane, proto};
 
@@ -95,13 +96,7 @@ impl Outbox {
     }
 
     fn pop(&self, lane: usize) -> Option<Bytes> {
-        let queue = &mut lock(&self.waiting)[lane];
-        let bytes = queue.pop_front();
-        if queue.is_empty() {
-            // An idle session holds no buffer.
-            *queue = VecDeque::new();
-        }
-        bytes
+        pop_from(&mut lock(&self.waiting)[lane])
     }
 }
 

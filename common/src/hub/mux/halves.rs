@@ -156,24 +156,21 @@ impl Arrived {
     }
 
     fn pop(&mut self, max: usize) -> Option<Bytes> {
-        let front = match self.whole.front_mut() {
+        let mut front = match self.whole.pop_front() {
             Some(front) => front,
-            None if self.last.is_empty() => return None,
             // The whole allocation goes with it: an idle stream holds none.
             None => {
                 self.whole = VecDeque::new();
-                let last = std::mem::take(&mut self.last).freeze();
-                if last.len() <= max {
-                    return Some(last);
-                }
-                self.whole.push_back(last);
-                self.whole.front_mut()?
+                std::mem::take(&mut self.last).freeze()
             }
         };
-        if front.len() > max {
-            return Some(front.split_to(max));
+        if front.is_empty() {
+            return None;
         }
-        self.whole.pop_front()
+        if front.len() > max {
+            self.whole.push_front(front.split_off(max));
+        }
+        Some(front)
     }
 }
 
