@@ -4,6 +4,7 @@ pub mod admit;
 pub mod cgroups;
 pub mod dns;
 pub mod env;
+pub mod evict;
 mod fields;
 pub mod gc;
 pub mod hosts;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use quinn::{EndpointConfig, IdleTimeout, MtuDiscoveryConfig, Runtime, VarInt};
+use quinn::{AckFrequencyConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, Runtime, VarInt};
 use quinn_proto::HashedConnectionIdGenerator;
 use rustls_pki_types::CertificateDer;
 use socket2::SockRef;
@@ -22,6 +22,9 @@ use socket::Sparing;
 const INCOMING_BUFFER: u64 = 8 * 1024;
 const INCOMING_BUFFERS: u64 = 1024 * 1024;
 const MAX_INCOMING: usize = 512;
+
+/// Packets that may come before one answer to all.
+const UNANSWERED: u32 = 40;
 
 /// How an endpoint answers datagrams of connections that it does not know: with a reset that only
 /// a holder of `reset_key` can make. The replicas of one cloud share it, and it outlives their
@@ -64,13 +67,29 @@ pub(super) fn listen(
     quinn::Endpoint::new_with_abstract_socket(config, Some(server), Arc::new(socket), runtime)
 }
 
+/// Asks the peer to acknowledge seldom while much comes: each answer to two packets costs all on its
+/// way a packet. One that comes alone is answered within 25 ms, as ever.
+fn seldom() -> AckFrequencyConfig {
+    let mut config = AckFrequencyConfig::default();
+    config.ack_eliciting_threshold(UNANSWERED.into());
+    config
+}
+
+fn other(side: Side) -> Side {
+    match side {
+        Side::Dialler => Side::Listener,
+        Side::Listener => Side::Dialler,
+    }
+}
+
 fn transport(config: &LinkConfig, side: Side) -> Arc<quinn::TransportConfig> {
     let (ours, theirs) = config.streams(side);
     let both = u64::from(ours) + u64::from(theirs);
     // With less, stalled streams use up the connection's window and freeze the rest. A quarter more,
     // since quinn grants anew only when an eighth of the window was read: what stalled streams leave
     // must be more than that.
-    let window = (both + both / 4) * u64::from(config.stream_window);
+    let of_all = |side| (both + both / 4) * u64::from(config.window(side));
+    let (window, send_window) = (of_all(side), of_all(other(side)));
     let window_varint = VarInt::from_u64(window).unwrap_or(VarInt::MAX);
     // The first keep-alive after the last answer starts the wait anew.
     let silence = match side {
@@ -85,11 +104,11 @@ fn transport(config: &LinkConfig, side: Side) -> Arc<quinn::TransportConfig> {
             Side::Dialler => 1u32.into(),
             Side::Listener => 0u32.into(),
         })
-        .stream_receive_window(config.stream_window.into())
+        .stream_receive_window(config.window(side).into())
         .receive_window(window_varint)
-        // As large as the receive window, so that bulk under way never keeps control from being
+        // As large as the peer's window, so that bulk under way never keeps control from being
         // queued; each stream is bounded by its own window.
-        .send_window(window)
+        .send_window(send_window)
         .max_idle_timeout(Some(idle))
         .keep_alive_interval(match side {
             Side::Dialler => Some(config.keep_alive),
@@ -98,7 +117,8 @@ fn transport(config: &LinkConfig, side: Side) -> Arc<quinn::TransportConfig> {
         .mtu_discovery_config(config.mtu_discovery.then(MtuDiscoveryConfig::default))
         .datagram_receive_buffer_size(None)
         .datagram_send_buffer_size(0)
-        .allow_spin(false);
+        .allow_spin(false)
+        .ack_frequency_config(Some(seldom()));
     Arc::new(t)
 }
 

@@ -113,9 +113,11 @@ pub struct LinkConfig {
     /// Streams that the device may have open: its lanes, and room to grow. Fewer, because quinn
     /// sets aside room at the cloud for each that may come.
     pub device_streams: u16,
-    /// QUIC only: what a stream may carry beyond its reader. The connection's window is more than
-    /// this times all streams of both sides, so that stalled streams never stop the others.
-    pub stream_window: u32,
+    /// QUIC only: what a stream may carry beyond a reader in the cloud. The connection's window is
+    /// more than this times all streams of both sides, so that stalled streams never stop the others.
+    pub cloud_window: u32,
+    /// The same beyond a reader on the device, which holds less of a tunnel besides.
+    pub device_window: u32,
     /// QUIC only: probes cost an idle link bytes.
     pub mtu_discovery: bool,
 }
@@ -128,6 +130,14 @@ impl LinkConfig {
             Side::Listener => (self.cloud_streams, self.device_streams),
         }
     }
+
+    /// What a stream may carry beyond a reader at this end.
+    pub(super) fn window(&self, side: Side) -> u32 {
+        match side {
+            Side::Dialler => self.device_window,
+            Side::Listener => self.cloud_window,
+        }
+    }
 }
 
 impl Default for LinkConfig {
@@ -138,7 +148,8 @@ impl Default for LinkConfig {
             dead_after: Duration::from_secs(45),
             cloud_streams: 72,
             device_streams: 8,
-            stream_window: 64 * 1024,
+            cloud_window: 64 * 1024,
+            device_window: 128 * 1024,
             mtu_discovery: false,
         }
     }
@@ -532,11 +543,7 @@ impl RecvStream {
         let before = buffer.filled().len();
         match &mut self.raw {
             RawRecv::Quic(recv) => ready!(recv.poll_read_buf(cx, buffer))?,
-            RawRecv::WebSocket(recv) => {
-                if let Some(bytes) = ready!(recv.poll_read(cx, max))? {
-                    buffer.put_slice(&bytes);
-                }
-            }
+            RawRecv::WebSocket(recv) => ready!(recv.poll_read_buf(cx, buffer))?,
         }
         let length = buffer.filled().len() - before;
         self.tally.count(Direction::Received, self.class, length);

@@ -7,11 +7,12 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 
 use bytes::Bytes;
 use futures::task::AtomicWaker;
 use rustls_pki_types::CertificateDer;
+use tokio::io::ReadBuf;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio_rustls::{TlsConnector, TlsStream};
@@ -288,6 +289,26 @@ impl State {
         self.wakers.get_mut(&id).and_then(|pair| pair[which].take())
     }
 
+    fn read(
+        &mut self,
+        id: u32,
+        max: usize,
+        cx: &Context<'_>,
+    ) -> Poll<Result<Option<Bytes>, TransportError>> {
+        // What had arrived before the end of the connection is still given.
+        match self.mux.read(id, max) {
+            Ok(Read::Bytes(bytes)) => return Poll::Ready(Ok(Some(bytes))),
+            Ok(Read::End) => return Poll::Ready(Ok(None)),
+            Ok(Read::Blocked) => {}
+            Err(end) => return Poll::Ready(Err(end.into())),
+        }
+        if let Some(end) = &self.ended {
+            return Poll::Ready(Err(end.clone()));
+        }
+        self.park(id, READER, cx);
+        Poll::Pending
+    }
+
     fn park(&mut self, id: u32, which: usize, cx: &Context<'_>) {
         self.wakers.entry(id).or_default()[which] = Some(cx.waker().clone());
     }
@@ -453,20 +474,26 @@ impl WsRecv {
         cx: &Context<'_>,
         max: usize,
     ) -> Poll<Result<Option<Bytes>, TransportError>> {
-        let (id, core) = (self.id, &self.handle.core);
-        core.call(|state| {
-            // What had arrived before the end of the connection is still given.
-            match state.mux.read(id, max) {
-                Ok(Read::Bytes(bytes)) => return Poll::Ready(Ok(Some(bytes))),
-                Ok(Read::End) => return Poll::Ready(Ok(None)),
-                Ok(Read::Blocked) => {}
-                Err(end) => return Poll::Ready(Err(end.into())),
+        self.handle.core.call(|state| state.read(self.id, max, cx))
+    }
+
+    /// Fills what there is room for with what has arrived; nothing at the end.
+    pub(super) fn poll_read_buf(
+        &mut self,
+        cx: &Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<Result<(), TransportError>> {
+        self.handle.core.call(|state| {
+            let Some(bytes) = ready!(state.read(self.id, buffer.remaining(), cx))? else {
+                return Poll::Ready(Ok(()));
+            };
+            buffer.put_slice(&bytes);
+            while buffer.remaining() > 0
+                && let Ok(Read::Bytes(bytes)) = state.mux.read(self.id, buffer.remaining())
+            {
+                buffer.put_slice(&bytes);
             }
-            if let Some(end) = &state.ended {
-                return Poll::Ready(Err(end.clone()));
-            }
-            state.park(id, READER, cx);
-            Poll::Pending
+            Poll::Ready(Ok(()))
         })
     }
 

@@ -39,6 +39,8 @@ impl Default for Program {
 pub struct Usage {
     pub cpu_nanos: u64,
     pub working_set_bytes: u64,
+    /// Of the layer that is the container's own.
+    pub written_bytes: u64,
 }
 
 #[derive(Debug, Clone)]
@@ -351,7 +353,11 @@ impl Container {
                 working_set_bytes: value(usage.working_set_bytes),
                 ..Default::default()
             }),
-            writable_layer: None,
+            writable_layer: usage.map(|usage| api::FilesystemUsage {
+                timestamp,
+                used_bytes: value(usage.written_bytes),
+                ..Default::default()
+            }),
         }
     }
 
@@ -749,8 +755,14 @@ impl Cri for Fake {
         unimplemented("ImageFsInfo")
     }
 
-    fn container_stats<'a>(&'a self, _: &'a str) -> CriFuture<'a, Option<api::ContainerStats>> {
-        unimplemented("ContainerStats")
+    fn container_stats<'a>(&'a self, id: &'a str) -> CriFuture<'a, Option<api::ContainerStats>> {
+        Box::pin(async move {
+            self.enter("ContainerStats").await?;
+            let stamp = self.stamp();
+            let state = self.state();
+            let container = state.containers.get(id).filter(|c| c.is_running());
+            Ok(container.map(|c| c.stats(id, stamp, state.usage.get(c.name()))))
+        })
     }
 
     fn list_container_stats(&self) -> CriFuture<'_, Vec<api::ContainerStats>> {

@@ -47,6 +47,13 @@ impl Default for Paths {
     }
 }
 
+impl Paths {
+    /// The directory of a Pod's logs.
+    pub fn logs_of(&self, pod: &Pod) -> PathBuf {
+        self.pod_logs.join(convert::log_directory_name(pod))
+    }
+}
+
 /// What every step of one Pod works with.
 #[derive(Clone)]
 pub struct Job {
@@ -132,9 +139,7 @@ impl Job {
     }
 
     fn log_directory(&self) -> PathBuf {
-        self.paths
-            .pod_logs
-            .join(convert::log_directory_name(&self.pod))
+        self.paths.logs_of(&self.pod)
     }
 
     /// Where the runtime writes the log of one instance of a container.

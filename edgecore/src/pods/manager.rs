@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::{self, JoinSet};
 use tokio_util::sync::CancellationToken;
 
@@ -131,6 +131,7 @@ impl PodManager {
             wakers: Wakers::default(),
             paths: Arc::new(config.paths.clone()),
             clock: deps.clock.unwrap_or_else(device_clock),
+            counting: Arc::new(Semaphore::new(1)),
         });
         let handle = Handle {
             runtime,

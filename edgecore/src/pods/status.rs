@@ -28,6 +28,9 @@ pub struct Failed {
     pub message: String,
 }
 
+/// The reason of a Pod that the node ended for what it kept on the disk.
+pub const EVICTED: &str = "Evicted";
+
 /// All that a status is made from.
 pub struct Input<'a> {
     pub pod: &'a Pod,
@@ -566,7 +569,17 @@ fn conditions(input: &Input<'_>, status: &PodStatus) -> Vec<PodCondition> {
         ready,
         Condition::yes("PodScheduled"),
     ];
-    all.into_iter().map(|c| stamped(input, c)).collect()
+    let evicted = status.reason.as_deref() == Some(EVICTED);
+    // By this a Job's `podFailurePolicy` knows that the Pod did not fail by itself.
+    let disruption = evicted.then(|| Condition {
+        reason: Some("TerminationByKubelet"),
+        message: status.message.clone(),
+        ..Condition::yes("DisruptionTarget")
+    });
+    all.into_iter()
+        .chain(disruption)
+        .map(|c| stamped(input, c))
+        .collect()
 }
 
 fn stamped(input: &Input<'_>, c: Condition) -> PodCondition {

@@ -250,6 +250,16 @@ impl Volumes {
         beside(move || tokens.forget(&pod)).await;
     }
 
+    /// Where the Pod's emptyDirs are, by their names.
+    pub fn empty_dirs(&self, pod: &Pod) -> Vec<(String, PathBuf)> {
+        let Ok(dir) = self.inner.pod_dir(uid(pod)) else {
+            return Vec::new();
+        };
+        let mine = used(pod).filter(|v| v.empty_dir.is_some());
+        let places = mine.filter_map(|v| Some((v.name.clone(), Inner::place(&dir, v).ok()?)));
+        places.collect()
+    }
+
     /// The Pods that have a directory here, to find those that nobody knows any more.
     pub fn known_uids(&self) -> Vec<String> {
         let entries = fs::read_dir(&self.inner.pods)

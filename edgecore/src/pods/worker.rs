@@ -12,13 +12,14 @@ use std::time::Duration;
 use common::ids::ObjectKey;
 use common::object::ContentHash;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use super::admit::{Refusal, Room};
 use super::cgroups::Cgroups;
 use super::env;
+use super::evict::{Disk, Limits};
 use super::images::Resolved;
 use super::jobs::{Job, Outcome, Paths, Trouble};
 use super::ledger::{Ledger, NoGrant};
@@ -26,7 +27,7 @@ use super::manager::RuntimeState;
 use super::observe::{self, Cache, Waker, Wakers};
 use super::plan::{self, Input, Intent, Memory, Now, Plan, Retry, Step, Waiting, has_post_start};
 use super::seen::{ContainerSeen, Observed, Run};
-use super::status::{self, Failed, is_terminal};
+use super::status::{self, EVICTED, Failed, is_terminal};
 use super::volumes::Volumes;
 use crate::cri::{Failure, Runtime};
 use crate::node::environment::Environment;
@@ -59,6 +60,8 @@ pub struct Shared {
     pub wakers: Wakers,
     pub paths: Arc<Paths>,
     pub clock: Clock,
+    /// One Pod at a time is counted.
+    pub counting: Arc<Semaphore>,
 }
 
 /// The task of one Pod.
@@ -75,6 +78,8 @@ pub struct Worker {
     /// The status that was last put into a report.
     said: Option<PodStatus>,
     failed: Option<Failed>,
+    /// Counts what a Pod with limits keeps on the disk; ends when it is too much.
+    counts: JoinSet<String>,
     /// What the Pod's references looked like when its volumes were last brought up to date.
     references: Vec<ContentHash>,
     /// What else of the Pod its volumes were last made with; see [`volatile`].
@@ -120,6 +125,7 @@ impl Worker {
             aborts: BTreeMap::new(),
             said,
             failed: None,
+            counts: JoinSet::new(),
             references: Vec::new(),
             made_with: ContentHash::default(),
             refers_to: Vec::new(),
@@ -161,6 +167,7 @@ impl Worker {
                         self.memory.retries.clear();
                     }
                     Some(ended) = self.jobs.join_next_with_id() => self.ended(ended),
+                    Some(counted) = self.counts.join_next() => self.evict(counted),
                     () = self.waker.wake.notified() => {}
                     // Most objects are not this Pod's: that is seen without asking the runtime.
                     () = self.waker.objects.notified() => if !self.concerned() { continue },
@@ -224,9 +231,13 @@ impl Worker {
         let (intent, status) =
             self.judge(&pod, base, &observed, &environment, now, &BTreeMap::new());
         if intent.ends() {
+            self.counts = JoinSet::new();
             self.begin_ending(intent, now);
         } else if self.memory.ending_since.is_some() {
             self.come_back().await;
+        }
+        if intent == Intent::Run && self.memory.volumes {
+            self.count(&pod);
         }
         let plan = plan::next_steps(&Input {
             pod: &pod,
@@ -334,6 +345,34 @@ impl Worker {
             reason: "DeadlineExceeded".into(),
             message: message.into(),
         });
+    }
+
+    /// Counts on while the Pod runs.
+    fn count(&mut self, pod: &Pod) {
+        let limits = Limits::of(pod);
+        if limits.is_empty() || !self.counts.is_empty() {
+            return;
+        }
+        let shared = &self.shared;
+        let disk = Disk {
+            cri: shared.cri.clone(),
+            uid: self.key.uid.to_string(),
+            volumes: Limits::on_disk(pod, shared.volumes.empty_dirs(pod)),
+            logs: shared.paths.logs_of(pod),
+            turn: shared.counting.clone(),
+        };
+        self.counts.spawn(disk.watch(limits));
+    }
+
+    fn evict(&mut self, counted: Result<String, tokio::task::JoinError>) {
+        // A count that panicked is begun anew at the next look.
+        if let Ok(message) = counted
+            && self.memory.ending_since.is_none()
+        {
+            self.emit(None, EventType::Warning, EVICTED, &message);
+            let reason = EVICTED.into();
+            self.failed = Some(Failed { reason, message });
+        }
     }
 
     /// The status, and the intent that follows from it: a Pod whose phase is final is finished.
@@ -744,5 +783,7 @@ async fn changed<T>(receiver: &mut watch::Receiver<T>) {
 
 #[cfg(test)]
 mod device;
+#[cfg(test)]
+mod storage;
 #[cfg(test)]
 mod tests;

@@ -284,3 +284,43 @@ fn event_of(world: &World, edge: &Edge, pod: &str, reason: &str) -> Result<Value
     })
     .with_context(|| world.story(edge))
 }
+
+#[test]
+fn a_pod_that_keeps_more_on_the_disk_than_it_may_is_evicted() -> Result<()> {
+    let world = world()?;
+    let _peace = world.in_peace();
+    let edge = world.edge("full")?;
+    let fill = |to: &str| {
+        format!("dd if=/dev/zero of={to}/file bs=1M count=8 2>/dev/null; exec sleep 86400")
+    };
+    let mut volume = shell_pod("full-volume", "full", &fill("/cache"));
+    volume["spec"]["volumes"] = json!([{"name": "cache", "emptyDir": {"sizeLimit": "2Mi"}}]);
+    volume["spec"]["containers"][0]["volumeMounts"] =
+        json!([{"name": "cache", "mountPath": "/cache"}]);
+    let mut layer = shell_pod("full-layer", "full", &fill("/tmp"));
+    layer["spec"]["containers"][0]["resources"] = json!({"limits": {"ephemeral-storage": "2Mi"}});
+    for (pod, named) in [
+        (volume, "\"cache\" holds 8.0 MiB"),
+        (layer, "\"main\" keeps 8.0 MiB"),
+    ] {
+        world.kubectl.apply(&pod.to_string())?;
+        let name = pod["metadata"]["name"].as_str().unwrap_or_default();
+        let status = wait_for("an evicted Pod", Duration::from_secs(90), || {
+            let pod = world.kubectl.json(&["get", "pod", name])?;
+            ensure!(pod["status"]["phase"] == "Failed", "{}", pod["status"]);
+            Ok(pod["status"].clone())
+        })
+        .with_context(|| world.story(&edge))?;
+        ensure!(status["reason"] == "Evicted", "{status}");
+        let message = status["message"].as_str().unwrap_or_default();
+        ensure!(message.contains(named), "{status}");
+        let of_pod = format!("involvedObject.name={name},reason=Evicted");
+        wait_for("its Event", SOON, || {
+            let events = ["get", "events", "--field-selector", &of_pod, "-o", "name"];
+            ensure!(!world.kubectl.ok(&events)?.is_empty(), "there is none");
+            Ok(())
+        })
+        .with_context(|| world.story(&edge))?;
+    }
+    Ok(())
+}

@@ -113,8 +113,9 @@ pub(super) fn last_words(volumes: &Volumes, paths: &Paths, pod: &Pod, c: &Contai
         return String::new();
     };
     let (_, _, uid) = convert::identity(pod);
-    let dir = paths.pod_logs.join(convert::log_directory_name(pod));
-    let log = dir.join(convert::log_path(&c.name, c.attempt));
+    let log = paths
+        .logs_of(pod)
+        .join(convert::log_path(&c.name, c.attempt));
     volumes.read_termination_message(uid, &spec, c.attempt, c.exit_code, &log)
 }
 

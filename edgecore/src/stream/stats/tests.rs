@@ -170,6 +170,7 @@ fn uses(cpu_nanos: u64) -> Usage {
     Usage {
         cpu_nanos,
         working_set_bytes: 4096,
+        written_bytes: 0,
     }
 }
 
