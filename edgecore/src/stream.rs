@@ -8,7 +8,8 @@
 //! ```
 //!
 //! Takes one request at a time as [`Target`] names it; gives the kubelet's answers and, in errors,
-//! its words. An upgraded connection is spliced, never decoded. Who may ask what was judged before:
+//! its words. An upgraded connection is spliced, and decoded only where the runtime does not speak
+//! what the client does (`translate`). Who may ask what was judged before:
 //! by the cloud for a tunnel, by the socket's mode for the device. Nothing is allocated for a
 //! tunnel before one opens.
 
@@ -20,8 +21,11 @@ pub mod logs;
 pub mod metrics;
 pub mod runtime;
 pub mod serve;
+mod spdy;
 pub mod stats;
+pub mod translate;
 pub mod tunnels;
+mod websocket;
 
 use std::io;
 use std::path::PathBuf;
@@ -102,6 +106,8 @@ pub enum Refusal {
     Parameter(#[from] BadParameter),
     #[error("Upgrade request required")]
     UpgradeRequired,
+    #[error(transparent)]
+    Handshake(#[from] translate::Incomplete),
     #[error("pod {name:?} does not exist in namespace {namespace:?} on this node", name = .0.name, namespace = .0.namespace)]
     NoPod(PodName),
     /// It is not in the Pod's spec.
@@ -143,6 +149,7 @@ impl Refusal {
             Refusal::Parameter(_)
             | Refusal::Since(_)
             | Refusal::UpgradeRequired
+            | Refusal::Handshake(_)
             | Refusal::NoLog(_) => StatusCode::BAD_REQUEST,
             Refusal::Runtime(error) => match error.failure {
                 Failure::NotFound => StatusCode::NOT_FOUND,

@@ -23,8 +23,9 @@ const INCOMING_BUFFER: u64 = 8 * 1024;
 const INCOMING_BUFFERS: u64 = 1024 * 1024;
 const MAX_INCOMING: usize = 512;
 
-/// Packets that may come before one answer to all.
-const UNANSWERED: u32 = 40;
+/// Packets that may come before one answer to all: as many as quinn sends at once, and as a
+/// connection sends before it has heard anything.
+const UNANSWERED: u32 = 9;
 
 /// How an endpoint answers datagrams of connections that it does not know: with a reset that only
 /// a holder of `reset_key` can make. The replicas of one cloud share it, and it outlives their
@@ -67,8 +68,9 @@ pub(super) fn listen(
     quinn::Endpoint::new_with_abstract_socket(config, Some(server), Arc::new(socket), runtime)
 }
 
-/// Asks the peer to acknowledge seldom while much comes: each answer to two packets costs all on its
-/// way a packet. One that comes alone is answered within 25 ms, as ever.
+/// Asks the peer to acknowledge seldom while much comes: an answer to each two packets costs all on
+/// the way as much as a packet. Fewer are answered within 25 ms, which one that comes alone always
+/// was.
 fn seldom() -> AckFrequencyConfig {
     let mut config = AckFrequencyConfig::default();
     config.ack_eliciting_threshold(UNANSWERED.into());

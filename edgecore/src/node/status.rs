@@ -11,6 +11,7 @@
 use serde_json::{Map, Value, json};
 
 use super::facts::Facts;
+use crate::stream::translate;
 
 /// The version that the API server and `kubectl` show for this agent.
 ///
@@ -109,6 +110,8 @@ pub fn node_status(
         "allocatable": allocatable_json(facts, config),
         "conditions": conditions(facts, runtime, previous, now),
         "nodeInfo": node_info(facts, runtime),
+        // The API server (1.36 and newer) then hands the client's WebSocket on.
+        "declaredFeatures": [translate::FEATURE],
     });
     let images = images(&runtime.images);
     if !images.is_empty() {

@@ -1,14 +1,16 @@
 //! A Pod that keeps more on the device's disk than it may: counted now and then, and told.
 //!
-//! Counts what its emptyDirs, its containers' own layers and their logs take; a Pod that has no
-//! limit is not counted. Where something cannot be counted, the next count is waited for: a Pod is
-//! ended for what was seen, never for what is not known.
+//! Counts what its emptyDirs, its containers' own layers and their logs take, as the kubelet does; a
+//! Pod that has no limit is not counted, nor one without which a node is none. Where something
+//! cannot be counted, the next count is waited for: a Pod is ended for what was seen, never for what
+//! is not known. Only who nests directories too deep to be counted is ended for that.
 
 mod tree;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use common::tasks::beside;
@@ -20,12 +22,18 @@ use tokio::time::{Instant, sleep};
 use super::plan::{self, is_sidecar};
 use super::quantity::units;
 use crate::cri::{CriError, Runtime, api};
+use tree::Uncounted;
 
 const EVERY: Duration = Duration::from_secs(10);
-/// Of the time at most one part in so many is spent on counting, however large a tree is.
+/// Of the time one part in so many is spent on counting a large tree, but it is counted at least
+/// every two minutes.
 const REST: u32 = 30;
+const SELDOM: Duration = Duration::from_secs(120);
 
 const STORAGE: &str = "ephemeral-storage";
+
+/// The least priority of a Pod without which a node is none (`system-cluster-critical`).
+const CRITICAL: i32 = 2_000_000_000;
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 enum Part {
@@ -39,8 +47,13 @@ enum Part {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Limits(Vec<(Part, u64)>);
 
-/// Bytes of the parts of a Pod.
-type Kept = BTreeMap<Part, u64>;
+/// What the parts of a Pod keep.
+#[derive(Default)]
+struct Kept {
+    bytes: BTreeMap<Part, u64>,
+    /// Something could not be counted: of the whole nothing is known.
+    partly: bool,
+}
 
 fn bytes(quantity: &Quantity) -> Option<u64> {
     u64::try_from(units(quantity)?).ok().filter(|b| *b > 0)
@@ -62,31 +75,41 @@ fn on_disk(pod: &Pod) -> impl Iterator<Item = (&str, Option<u64>)> {
     })
 }
 
+/// What all containers that run at once may keep, and the Pod's overhead; an init container runs
+/// beside the sidecars before it. Nothing where no container has a limit.
+fn of_all(pod: &Pod) -> Option<u64> {
+    let (mut sidecars, mut most, mut limited) = (0_u64, 0_u64, false);
+    for container in plan::inits(pod) {
+        let own = limit(container);
+        limited |= own.is_some();
+        let beside = sidecars.saturating_add(own.unwrap_or(0));
+        most = most.max(beside);
+        if is_sidecar(container) {
+            sidecars = beside;
+        }
+    }
+    let mains: Vec<_> = plan::mains(pod).iter().filter_map(limit).collect();
+    limited |= !mains.is_empty();
+    let steady = mains.into_iter().fold(sidecars, u64::saturating_add);
+    let overhead = pod.spec.as_ref().and_then(|s| s.overhead.as_ref());
+    let overhead = overhead.and_then(|o| bytes(o.get(STORAGE)?)).unwrap_or(0);
+    limited.then(|| steady.max(most).saturating_add(overhead))
+}
+
 impl Limits {
     pub fn of(pod: &Pod) -> Self {
-        let mut limits = Vec::new();
-        for (name, limit) in on_disk(pod) {
-            limits.extend(limit.map(|limit| (Part::Volume(name.to_owned()), limit)));
+        let priority = pod.spec.as_ref().and_then(|s| s.priority);
+        if priority.is_some_and(|p| p >= CRITICAL) {
+            return Self::default();
         }
-        let (mut steady, mut first) = (0_u64, 0_u64);
-        let inits = plan::inits(pod).iter();
-        for container in inits.chain(plan::mains(pod)) {
-            let Some(limit) = limit(container) else {
-                continue;
-            };
-            limits.push((Part::Container(container.name.clone()), limit));
-            let is_init = plan::inits(pod).iter().any(|c| c.name == container.name);
-            if is_init && !is_sidecar(container) {
-                first = first.max(limit);
-            } else {
-                steady = steady.saturating_add(limit);
-            }
-        }
-        let whole = steady.max(first);
-        if whole > 0 {
-            limits.push((Part::Whole, whole));
-        }
-        Self(limits)
+        let volumes =
+            on_disk(pod).filter_map(|(name, limit)| Some((Part::Volume(name.to_owned()), limit?)));
+        let sidecars = plan::inits(pod).iter().filter(|c| is_sidecar(c));
+        let containers = sidecars
+            .chain(plan::mains(pod))
+            .filter_map(|c| Some((Part::Container(c.name.clone()), limit(c)?)));
+        let whole = of_all(pod).map(|limit| (Part::Whole, limit));
+        Self(volumes.chain(containers).chain(whole).collect())
     }
 
     /// Of the Pod's emptyDirs those that count.
@@ -101,11 +124,12 @@ impl Limits {
 
     /// A sentence for whoever looks at the Pod, once it keeps too much.
     fn exceeded(&self, kept: &Kept) -> Option<String> {
-        let all = kept.values().fold(0, |sum: u64, b| sum.saturating_add(*b));
+        let sum = |sum: u64, b: &u64| sum.saturating_add(*b);
+        let all = (!kept.partly).then(|| kept.bytes.values().fold(0, sum));
         let mut over = self.0.iter().filter_map(|(part, limit)| {
             let kept = match part {
-                Part::Whole => Some(all),
-                Part::Volume(_) | Part::Container(_) => kept.get(part).copied(),
+                Part::Whole => all,
+                Part::Volume(_) | Part::Container(_) => kept.bytes.get(part).copied(),
             };
             Some((part, kept?, limit)).filter(|(_, kept, limit)| kept > limit)
         });
@@ -141,33 +165,69 @@ pub struct Disk {
     pub turn: Arc<Semaphore>,
 }
 
+/// Ends a count that nobody waits for any more.
+struct Stop(Arc<AtomicBool>);
+
+impl Drop for Stop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 impl Disk {
     /// Counts until the Pod keeps more than it may; says what.
     pub async fn watch(self, limits: Limits) -> String {
-        let mut pause = EVERY;
+        let (mut pause, mut complained) = (EVERY, false);
         loop {
             sleep(pause).await;
-            let Ok(_turn) = self.turn.acquire().await else {
-                return std::future::pending().await;
-            };
             let begun = Instant::now();
-            match self.count().await {
-                Ok(kept) => {
-                    if let Some(message) = limits.exceeded(&kept) {
-                        return message;
-                    }
-                }
-                Err(error) => {
-                    tracing::debug!(uid = %self.uid, %error, "what a Pod keeps on the disk could not be counted");
-                }
+            let counted = self.volumes().await;
+            let took = begun.elapsed();
+            pause = (took * REST).clamp(EVERY, SELDOM);
+            let mut kept = match counted {
+                Ok(kept) => kept,
+                Err(message) => return message,
+            };
+            let containers = self.containers(&mut kept).await;
+            if let Some(message) = limits.exceeded(&kept) {
+                return message;
             }
-            pause = EVERY.max(begun.elapsed() * REST);
+            kept.partly |= containers.is_err();
+            if kept.partly && !std::mem::replace(&mut complained, true) {
+                let error = containers.err().map(|e| e.to_string()).unwrap_or_default();
+                tracing::warn!(
+                    uid = %self.uid,
+                    error,
+                    "not all that a Pod keeps on the disk can be counted: its limits are not kept"
+                );
+            }
         }
     }
 
-    async fn count(&self) -> Result<Kept, CriError> {
-        let mut kept = Kept::new();
-        for container in self.cri.list_containers(Some(&self.uid)).await? {
+    /// The emptyDirs. An error is a sentence about a Pod that cannot be counted on purpose.
+    async fn volumes(&self) -> Result<Kept, String> {
+        let mut kept = Kept::default();
+        for (name, place) in &self.volumes {
+            match self.tree(place.clone()).await {
+                Ok(bytes) => {
+                    kept.bytes.insert(Part::Volume(name.clone()), bytes);
+                }
+                Err(Uncounted::Deep) => {
+                    return Err(format!(
+                        "emptyDir volume {name:?} has directories nested deeper than {}, which cannot be counted against the Pod's limits",
+                        tree::DEPTH
+                    ));
+                }
+                Err(Uncounted::Stopped | Uncounted::Io(_)) => kept.partly = true,
+            }
+        }
+        Ok(kept)
+    }
+
+    async fn containers(&self, kept: &mut Kept) -> Result<(), CriError> {
+        let listed = self.cri.list_containers(Some(&self.uid)).await;
+        kept.partly |= listed.is_err();
+        for container in listed? {
             let name = container.metadata.map(|m| m.name).unwrap_or_default();
             if container.state != api::ContainerState::ContainerRunning as i32 {
                 continue;
@@ -175,23 +235,34 @@ impl Disk {
             let stats = match self.cri.container_stats(&container.id).await {
                 Ok(stats) => stats,
                 Err(error) if error.not_found() => continue,
-                Err(error) => return Err(error),
+                Err(error) => {
+                    kept.partly = true;
+                    return Err(error);
+                }
             };
             let layer = stats.and_then(|s| s.writable_layer?.used_bytes);
+            // The runtime makes the directory of logs, and no container reaches it.
             let logs = self.tree(self.logs.join(&name)).await;
-            let bytes = layer.map_or(0, |l| l.value).saturating_add(logs);
-            kept.insert(Part::Container(name), bytes);
+            kept.partly |= logs.is_err();
+            let bytes = layer.map_or(0, |l| l.value);
+            let bytes = bytes.saturating_add(logs.unwrap_or(0));
+            kept.bytes.insert(Part::Container(name), bytes);
         }
-        for (name, place) in &self.volumes {
-            let bytes = self.tree(place.clone()).await;
-            kept.insert(Part::Volume(name.clone()), bytes);
-        }
-        Ok(kept)
+        Ok(())
     }
 
-    async fn tree(&self, root: PathBuf) -> u64 {
-        // What is not there yet keeps nothing.
-        beside(move || tree::bytes(&root).unwrap_or(0)).await
+    /// The permit stays with the thread, which may outlive this future.
+    async fn tree(&self, root: PathBuf) -> Result<u64, Uncounted> {
+        let Ok(turn) = self.turn.clone().acquire_owned().await else {
+            return Err(Uncounted::Stopped);
+        };
+        let stop = Stop(Arc::default());
+        let flag = stop.0.clone();
+        beside(move || {
+            let _turn = turn;
+            tree::bytes(&root, &flag)
+        })
+        .await
     }
 }
 
@@ -215,9 +286,10 @@ mod tests {
                 {"name": "free", "emptyDir": {}},
                 {"name": "memory", "emptyDir": {"medium": "Memory", "sizeLimit": "1Mi"}},
                 {"name": "map", "configMap": {"name": "m"}}],
+            "overhead": {STORAGE: "1Mi"},
             "initContainers": [
-                {"name": "first", "resources": limited("4Mi")},
-                {"name": "side", "restartPolicy": "Always", "resources": limited("1Mi")}],
+                {"name": "side", "restartPolicy": "Always", "resources": limited("1Mi")},
+                {"name": "first", "resources": limited("3Mi")}],
             "containers": [
                 {"name": "a", "resources": limited("2Mi")},
                 {"name": "b"}]}}))
@@ -231,15 +303,17 @@ mod tests {
             Limits::of(&the_pod()).0,
             [
                 volume("small", 1),
-                container("first", 4),
                 container("side", 1),
                 container("a", 2),
-                (Part::Whole, 4 * MIB)
+                (Part::Whole, 5 * MIB)
             ]
         );
         let none = pod(json!({"spec": {
             "volumes": [{"name": "free", "emptyDir": {}}], "containers": [{"name": "a"}]}}));
         assert!(Limits::of(&none).is_empty());
+        let mut critical = the_pod();
+        critical.spec.as_mut().unwrap().priority = Some(CRITICAL);
+        assert!(Limits::of(&critical).is_empty());
     }
 
     #[test]
@@ -252,14 +326,21 @@ mod tests {
             (vec![(volume("small"), MIB)], None),
             (vec![(volume("small"), MIB + 1)], Some("\"small\" holds")),
             (vec![(container("a"), 3 * MIB)], Some("container \"a\"")),
-            (vec![(container("b"), 4 * MIB)], None),
+            (vec![(container("b"), 5 * MIB)], None),
             (vec![(volume("free"), 3 * MIB)], None),
             (
-                vec![(volume("free"), 3 * MIB), (container("b"), 2 * MIB)],
-                Some("the Pod keeps 5.0 MiB"),
+                vec![(volume("free"), 3 * MIB), (container("b"), 3 * MIB)],
+                Some("the Pod keeps 6.0 MiB"),
             ),
         ] {
-            let found = limits.exceeded(&kept.into_iter().collect());
+            let mut kept = Kept {
+                bytes: kept.into_iter().collect(),
+                partly: false,
+            };
+            let found = limits.exceeded(&kept);
+            kept.partly = true;
+            let of_all = found.as_ref().is_some_and(|f| f.contains("the Pod"));
+            assert_eq!(limits.exceeded(&kept).is_none(), found.is_none() || of_all);
             match said {
                 None => assert_eq!(found, None),
                 Some(said) => assert!(

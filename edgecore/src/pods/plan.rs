@@ -21,6 +21,7 @@ use k8s_openapi::api::core::v1::{Container, Pod, PodStatus};
 
 use super::restart::{self, Crashes, Policy, Verdict};
 use super::seen::{ContainerSeen, Observed, Run, SandboxSeen};
+use super::status::EVICTED;
 use crate::cri::convert;
 
 /// The two clocks: `wall` is for what people read and what the runtime stamped, `mono` for waits.
@@ -122,6 +123,8 @@ pub struct Memory {
     pub ending_since: Option<Duration>,
     pub cleaned: bool,
     pub logs_removed: bool,
+    /// The Pod ends for what it kept on the disk.
+    pub evicted: bool,
 }
 
 /// All that a decision rests on.
@@ -228,6 +231,9 @@ pub fn target<'a>(pod: &'a Pod, ephemeral: &str) -> Option<&'a str> {
         .as_deref()
         .filter(|t| !t.is_empty())
 }
+
+/// An evicted Pod may not go on writing.
+const EVICTION_GRACE: Duration = Duration::from_secs(1);
 
 /// How long a container may take to end.
 ///
@@ -672,10 +678,20 @@ fn tidy(input: &Input<'_>, sandbox: Option<&SandboxSeen>, plan: &mut Plan) {
     }
 }
 
+fn is_evicted(said: &PodStatus) -> bool {
+    said.reason.as_deref() == Some(EVICTED)
+}
+
 fn end(input: &Input<'_>) -> Plan {
     let mut plan = Plan::default();
     let since = input.memory.ending_since.unwrap_or(input.now.mono);
-    let deadline = since + grace(input.pod, input.intent);
+    let evicted = input.memory.evicted || input.previous.is_some_and(is_evicted);
+    let grace = if evicted {
+        EVICTION_GRACE
+    } else {
+        grace(input.pod, input.intent)
+    };
+    let deadline = since + grace;
     let mut underway = input.memory.underway.iter();
     let making = underway.any(|s| {
         matches!(
@@ -694,7 +710,8 @@ fn end(input: &Input<'_>) -> Plan {
         up = true;
         plan.push(input, Step::StopSandbox { id: s.id.clone() });
     }
-    let takes_all = matches!(input.intent, Intent::Delete | Intent::Remove);
+    // What an evicted Pod keeps is what it was evicted for.
+    let takes_all = evicted || matches!(input.intent, Intent::Delete | Intent::Remove);
     if takes_all {
         for c in &input.observed.containers {
             plan.push(input, Step::RemoveContainer { id: c.id.clone() });
@@ -713,7 +730,8 @@ fn end(input: &Input<'_>) -> Plan {
         return plan;
     }
     let empty = input.observed.containers.is_empty() && input.observed.sandboxes.is_empty();
-    if input.intent == Intent::Remove && empty && !input.memory.logs_removed {
+    let takes_logs = evicted || input.intent == Intent::Remove;
+    if takes_logs && empty && !input.memory.logs_removed {
         plan.push(input, Step::RemoveLogs);
         return plan;
     }

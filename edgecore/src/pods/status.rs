@@ -28,7 +28,8 @@ pub struct Failed {
     pub message: String,
 }
 
-/// The reason of a Pod that the node ended for what it kept on the disk.
+/// The reason of a Pod that the node ended for what it kept on the disk. It failed by itself: a
+/// condition `DisruptionTarget` is for Pods that others are to blame for.
 pub const EVICTED: &str = "Evicted";
 
 /// All that a status is made from.
@@ -569,17 +570,7 @@ fn conditions(input: &Input<'_>, status: &PodStatus) -> Vec<PodCondition> {
         ready,
         Condition::yes("PodScheduled"),
     ];
-    let evicted = status.reason.as_deref() == Some(EVICTED);
-    // By this a Job's `podFailurePolicy` knows that the Pod did not fail by itself.
-    let disruption = evicted.then(|| Condition {
-        reason: Some("TerminationByKubelet"),
-        message: status.message.clone(),
-        ..Condition::yes("DisruptionTarget")
-    });
-    all.into_iter()
-        .chain(disruption)
-        .map(|c| stamped(input, c))
-        .collect()
+    all.into_iter().map(|c| stamped(input, c)).collect()
 }
 
 fn stamped(input: &Input<'_>, c: Condition) -> PodCondition {

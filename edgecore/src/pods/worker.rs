@@ -370,6 +370,7 @@ impl Worker {
             && self.memory.ending_since.is_none()
         {
             self.emit(None, EventType::Warning, EVICTED, &message);
+            self.memory.evicted = true;
             let reason = EVICTED.into();
             self.failed = Some(Failed { reason, message });
         }

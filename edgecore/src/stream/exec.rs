@@ -4,7 +4,7 @@
 //! ```text
 //! asker ── head ──► here ── CRI Exec ──► URL ── head ──► runtime
 //!       ◄─ 101 ───       ◄─────────────────────── 101 ──
-//!       ◄══════════════ bytes, untouched ═════════════►
+//!       ◄══════ bytes, untouched or translated ═══════►
 //! ```
 
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use common::stream::request::{PodName, Streams, Target, pairs};
 use common::stream::splice::{Outcome, splice};
 use futures::FutureExt as _;
 use http::header::UPGRADE;
-use http::{Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt as _, Empty};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
@@ -23,6 +23,7 @@ use tracing::{info, warn};
 
 use super::leftover::Claim;
 use super::runtime::{self, Answered};
+use super::translate::Translation;
 use super::{Answer, Body, Deps, Refusal, TEXT, containers, document};
 use crate::cri::{CriError, api};
 
@@ -43,10 +44,14 @@ pub(super) async fn upgrade(
     if !request.headers().contains_key(UPGRADE) {
         return Err(Refusal::UpgradeRequired);
     }
+    let translation = Translation::of(target, request.headers(), &query)?;
     let (url, claim) = url(deps, target, &query).await?;
     let asker = hyper::upgrade::on(&mut request);
-    let method = request.method().clone();
-    match runtime::ask(&url, method, request.headers()).await? {
+    let asked = match &translation {
+        Some(translation) => runtime::ask(&url, Method::POST, &translation.asks()).await?,
+        None => runtime::ask(&url, request.method().clone(), request.headers()).await?,
+    };
+    match asked {
         Answered::Refused(status, headers, body) => {
             // Nothing was started.
             claim.into_iter().for_each(Claim::settle);
@@ -55,12 +60,16 @@ pub(super) async fn upgrade(
         Answered::Joined(headers, answerer) => {
             let mut response = Response::new(Empty::new().map_err(|e| match e {}).boxed_unsync());
             *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
-            *response.headers_mut() = headers;
+            *response.headers_mut() = match &translation {
+                Some(translation) => translation.answers(),
+                None => headers,
+            };
             let joined = Joined {
                 verb: target.verb(),
                 pod: target.pod().cloned(),
                 began: Instant::now(),
                 claim,
+                translation,
             };
             let after = Some(joined.run(asker, answerer).boxed());
             Ok(Answer { response, after })
@@ -170,12 +179,19 @@ struct Joined {
     pod: Option<PodName>,
     began: Instant,
     claim: Option<Claim>,
+    translation: Option<Translation>,
 }
 
 impl Joined {
-    async fn run(self, asker: OnUpgrade, answerer: TokioIo<hyper::upgrade::Upgraded>) {
+    async fn run(mut self, asker: OnUpgrade, answerer: TokioIo<hyper::upgrade::Upgraded>) {
         let outcome = match tokio::time::timeout(UPGRADE_DEADLINE, asker).await {
-            Ok(Ok(asker)) => splice(TokioIo::new(asker), answerer).await,
+            Ok(Ok(asker)) => {
+                let asker = TokioIo::new(asker);
+                match self.translation.take() {
+                    Some(translation) => splice(translation.join(asker), answerer).await,
+                    None => splice(asker, answerer).await,
+                }
+            }
             Ok(Err(_)) | Err(_) => Outcome {
                 asker_first: true,
                 left: true,

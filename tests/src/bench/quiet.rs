@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::Instant;
 
 use anyhow::{Context, Result};
 use serde_json::json;
@@ -37,7 +36,7 @@ pub fn fill(flags: &Flags, rig: &Rig) -> Result<()> {
     Ok(())
 }
 
-/// One rest for both: the traffic over its window, the memory at its end.
+/// A rest, the memory at its end, and then the traffic over its window.
 pub fn rest(flags: &Flags, rig: &mut Rig) -> Vec<Row> {
     match rested(flags, rig) {
         Ok(rows) => rows,
@@ -55,13 +54,20 @@ struct Rest {
 }
 
 fn rested(flags: &Flags, rig: &mut Rig) -> Result<Vec<Row>> {
-    let begun = Instant::now();
     let (idle, window) = (minutes(flags.idle), minutes(flags.window));
     let mut rests: Vec<(Side, Rest)> = rig
         .nodes()
         .iter()
         .map(|node| (node.side, Rest::default()))
         .collect();
+    // In their first ten minutes Pods get their tolerations, once: that is no rest yet.
+    progress(&format!("    resting for {:.1} minutes", flags.idle));
+    std::thread::sleep(idle);
+    if flags.wants(Measure::Memory) {
+        for ((_, rest), node) in rests.iter_mut().zip(rig.nodes()) {
+            rest.memory = pss(node.pid.context("the agent does not run")?)?;
+        }
+    }
     if flags.wants(Measure::Idle) {
         progress(&format!(
             "    counting traffic for {:.1} minutes",
@@ -81,13 +87,6 @@ fn rested(flags: &Flags, rig: &mut Rig) -> Result<Vec<Row>> {
             rest.frames = (new.up + new.down - old.up - old.down) as f64 * scale;
             rest.packets_up = (new_ip.up - old_ip.up) as f64 * scale;
             rest.packets_down = (new_ip.down - old_ip.down) as f64 * scale;
-        }
-    }
-    if flags.wants(Measure::Memory) {
-        progress(&format!("    resting for {:.1} minutes in all", flags.idle));
-        std::thread::sleep(idle.saturating_sub(begun.elapsed()));
-        for ((_, rest), node) in rests.iter_mut().zip(rig.nodes()) {
-            rest.memory = pss(node.pid.context("the agent does not run")?)?;
         }
     }
     rig.ensure_running()?;

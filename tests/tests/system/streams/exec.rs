@@ -21,6 +21,13 @@ fn exec_brings_back_outputs_and_exit_code_to_every_kubectl() -> Result<()> {
     for (name, kubectl) in clients(&place.kubectl)? {
         says_and_ends(&kubectl, &pod).with_context(|| format!("kubectl {name}"))?;
     }
+    // The newest one's WebSocket came to the node as it was.
+    let metrics = place.kubectl.ok(&["get", "--raw", "/metrics"])?;
+    let mut handed_on = metrics.lines().filter(|l| l.contains("proxied_to_kubelet"));
+    ensure!(
+        handed_on.any(|l| l.contains("exec")),
+        "the API server handed no WebSocket of an exec on"
+    );
     Ok(())
 }
 

@@ -277,7 +277,8 @@ fn every_tunnel_leaves_a_line_when_it_opens_and_one_when_it_closes() -> Result<(
         // Other cases ask for the same Pod as others, or at another node's port.
         let here = format!("node={} ", edge.name);
         let principal = "kube-apiserver-kubelet-client";
-        let wanted = ["a tunnel opened", principal, "exec", "POST", &here];
+        // By GET as a WebSocket, by POST as SPDY.
+        let wanted = ["a tunnel opened", principal, "exec", "method=", &here];
         let opened = log
             .lines()
             .find(|line| line.contains(pod) && wanted.iter().all(|word| line.contains(word)))
