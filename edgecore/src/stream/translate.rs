@@ -19,6 +19,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, Waker, ready};
 
 use bytes::{Buf, Bytes, BytesMut};
+use common::stream::BUFFER;
 use common::stream::request::{Streams, Target};
 use http::header::{
     CONNECTION, HeaderMap, HeaderName, HeaderValue, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY,
@@ -49,7 +50,8 @@ const RESIZE: u8 = 4;
 /// Another channel's end.
 const END: u8 = 255;
 
-/// What is read or written at once.
+/// What is read of the asker at once. What is written is what the splice gives: each message costs
+/// the asker, so they are as large as can be.
 const PIECE: usize = 16 * 1024;
 
 /// How a request's WebSocket is ended here.
@@ -377,7 +379,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Translated<I> {
         let this = &mut *self;
         // What was taken before goes first, so that no more than a piece is held.
         ready!(this.poll_out(cx))?;
-        let piece = &bytes[..bytes.len().min(PIECE)];
+        let piece = &bytes[..bytes.len().min(BUFFER)];
         let deaf = !this.listens();
         match &mut this.dialect {
             Dialect::Command(command) => {
