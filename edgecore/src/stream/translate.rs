@@ -11,7 +11,7 @@
 //! port-forward     message [bytes…]           ⇄  bytes of a SPDY connection
 //! ```
 //!
-//! [`Translated`] is the asker as the runtime would see one that speaks SPDY: the splice joins both
+//! `Translated` is the asker as the runtime would see one that speaks SPDY: the splice joins both
 //! as it joins any two. It holds one piece for each direction.
 
 use std::io;
