@@ -76,7 +76,7 @@ pub struct Flags {
     /// Pods on each node while it is at rest.
     #[arg(long, default_value_t = 10)]
     pub pods: u32,
-    /// Minutes of rest before memory is read.
+    /// Minutes of rest before memory is read and traffic is counted.
     #[arg(long, default_value_t = 10.0)]
     pub idle: f64,
     /// Minutes over which the traffic of a resting node is counted.

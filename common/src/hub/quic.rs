@@ -77,21 +77,15 @@ fn seldom() -> AckFrequencyConfig {
     config
 }
 
-fn other(side: Side) -> Side {
-    match side {
-        Side::Dialler => Side::Listener,
-        Side::Listener => Side::Dialler,
-    }
-}
-
 fn transport(config: &LinkConfig, side: Side) -> Arc<quinn::TransportConfig> {
     let (ours, theirs) = config.streams(side);
     let both = u64::from(ours) + u64::from(theirs);
     // With less, stalled streams use up the connection's window and freeze the rest. A quarter more,
     // since quinn grants anew only when an eighth of the window was read: what stalled streams leave
     // must be more than that.
-    let of_all = |side| (both + both / 4) * u64::from(config.window(side));
-    let (window, send_window) = (of_all(side), of_all(other(side)));
+    let of_all = |window: u32| (both + both / 4) * u64::from(window);
+    let (stream_window, peers_window) = config.windows(side);
+    let window = of_all(stream_window);
     let window_varint = VarInt::from_u64(window).unwrap_or(VarInt::MAX);
     // The first keep-alive after the last answer starts the wait anew.
     let silence = match side {
@@ -106,11 +100,11 @@ fn transport(config: &LinkConfig, side: Side) -> Arc<quinn::TransportConfig> {
             Side::Dialler => 1u32.into(),
             Side::Listener => 0u32.into(),
         })
-        .stream_receive_window(config.window(side).into())
+        .stream_receive_window(stream_window.into())
         .receive_window(window_varint)
         // As large as the peer's window, so that bulk under way never keeps control from being
         // queued; each stream is bounded by its own window.
-        .send_window(send_window)
+        .send_window(of_all(peers_window))
         .max_idle_timeout(Some(idle))
         .keep_alive_interval(match side {
             Side::Dialler => Some(config.keep_alive),

@@ -131,11 +131,11 @@ impl LinkConfig {
         }
     }
 
-    /// What a stream may carry beyond a reader at this end.
-    pub(super) fn window(&self, side: Side) -> u32 {
+    /// What a stream may carry beyond a reader at an end, and at its peer's.
+    pub(super) fn windows(&self, side: Side) -> (u32, u32) {
         match side {
-            Side::Dialler => self.device_window,
-            Side::Listener => self.cloud_window,
+            Side::Dialler => (self.device_window, self.cloud_window),
+            Side::Listener => (self.cloud_window, self.device_window),
         }
     }
 }

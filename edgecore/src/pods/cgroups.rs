@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use k8s_openapi::api::core::v1::Pod;
 
 use resources::{CPU_PERIOD, MAX_SHARES, MIN_SHARES, PodLimits, pod_limits, shares, weight};
-pub use resources::{LinuxResources, Qos, linux_resources, qos, requested};
+pub use resources::{LinuxResources, Qos, limit_of, limited, linux_resources, qos, requested};
 pub use usage::{Usage, field};
 
 /// Who makes cgroups: the runtime and the agent must agree.

@@ -10,17 +10,18 @@ mod tree;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use common::tasks::beside;
-use k8s_openapi::api::core::v1::{Container, Pod};
-use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
 
+use super::cgroups::{limit_of, limited};
 use super::plan::{self, is_sidecar};
 use super::quantity::units;
+use super::volumes::is_on_disk;
 use crate::cri::{CriError, Runtime, api};
 use tree::Uncounted;
 
@@ -51,49 +52,12 @@ pub struct Limits(Vec<(Part, u64)>);
 #[derive(Default)]
 struct Kept {
     bytes: BTreeMap<Part, u64>,
-    /// Something could not be counted: of the whole nothing is known.
-    partly: bool,
+    /// Why something could not be counted: of the whole nothing is known.
+    unknown: Option<String>,
 }
 
-fn bytes(quantity: &Quantity) -> Option<u64> {
-    u64::try_from(units(quantity)?).ok().filter(|b| *b > 0)
-}
-
-fn limit(container: &Container) -> Option<u64> {
-    let limits = container.resources.as_ref()?.limits.as_ref()?;
-    bytes(limits.get(STORAGE)?)
-}
-
-/// The emptyDirs that are on the disk: those in memory cannot outgrow their file system.
-fn on_disk(pod: &Pod) -> impl Iterator<Item = (&str, Option<u64>)> {
-    let volumes = pod.spec.iter().flat_map(|s| s.volumes.iter().flatten());
-    volumes.filter_map(|volume| {
-        let source = volume.empty_dir.as_ref()?;
-        let disk = source.medium.as_deref().unwrap_or_default().is_empty();
-        let limit = source.size_limit.as_ref().and_then(bytes);
-        disk.then_some((volume.name.as_str(), limit))
-    })
-}
-
-/// What all containers that run at once may keep, and the Pod's overhead; an init container runs
-/// beside the sidecars before it. Nothing where no container has a limit.
-fn of_all(pod: &Pod) -> Option<u64> {
-    let (mut sidecars, mut most, mut limited) = (0_u64, 0_u64, false);
-    for container in plan::inits(pod) {
-        let own = limit(container);
-        limited |= own.is_some();
-        let beside = sidecars.saturating_add(own.unwrap_or(0));
-        most = most.max(beside);
-        if is_sidecar(container) {
-            sidecars = beside;
-        }
-    }
-    let mains: Vec<_> = plan::mains(pod).iter().filter_map(limit).collect();
-    limited |= !mains.is_empty();
-    let steady = mains.into_iter().fold(sidecars, u64::saturating_add);
-    let overhead = pod.spec.as_ref().and_then(|s| s.overhead.as_ref());
-    let overhead = overhead.and_then(|o| bytes(o.get(STORAGE)?)).unwrap_or(0);
-    limited.then(|| steady.max(most).saturating_add(overhead))
+fn positive(bytes: i64) -> Option<u64> {
+    u64::try_from(bytes).ok().filter(|b| *b > 0)
 }
 
 impl Limits {
@@ -102,20 +66,20 @@ impl Limits {
         if priority.is_some_and(|p| p >= CRITICAL) {
             return Self::default();
         }
-        let volumes =
-            on_disk(pod).filter_map(|(name, limit)| Some((Part::Volume(name.to_owned()), limit?)));
+        let volumes = pod.spec.iter().flat_map(|s| s.volumes.iter().flatten());
+        let volumes = volumes.filter_map(|v| {
+            let source = v.empty_dir.as_ref().filter(|e| is_on_disk(e))?;
+            let limit = positive(units(source.size_limit.as_ref()?)?)?;
+            Some((Part::Volume(v.name.clone()), limit))
+        });
         let sidecars = plan::inits(pod).iter().filter(|c| is_sidecar(c));
-        let containers = sidecars
-            .chain(plan::mains(pod))
-            .filter_map(|c| Some((Part::Container(c.name.clone()), limit(c)?)));
-        let whole = of_all(pod).map(|limit| (Part::Whole, limit));
+        let containers = sidecars.chain(plan::mains(pod)).filter_map(|c| {
+            let limit = positive(limit_of(c, STORAGE)?)?;
+            Some((Part::Container(c.name.clone()), limit))
+        });
+        let whole = limited(pod, STORAGE).and_then(positive);
+        let whole = whole.map(|limit| (Part::Whole, limit));
         Self(volumes.chain(containers).chain(whole).collect())
-    }
-
-    /// Of the Pod's emptyDirs those that count.
-    pub fn on_disk(pod: &Pod, mut all: Vec<(String, PathBuf)>) -> Vec<(String, PathBuf)> {
-        all.retain(|(name, _)| on_disk(pod).any(|(counts, _)| counts == name));
-        all
     }
 
     pub fn is_empty(&self) -> bool {
@@ -125,7 +89,8 @@ impl Limits {
     /// A sentence for whoever looks at the Pod, once it keeps too much.
     fn exceeded(&self, kept: &Kept) -> Option<String> {
         let sum = |sum: u64, b: &u64| sum.saturating_add(*b);
-        let all = (!kept.partly).then(|| kept.bytes.values().fold(0, sum));
+        let known = kept.unknown.is_none();
+        let all = known.then(|| kept.bytes.values().fold(0, sum));
         let mut over = self.0.iter().filter_map(|(part, limit)| {
             let kept = match part {
                 Part::Whole => all,
@@ -165,15 +130,6 @@ pub struct Disk {
     pub turn: Arc<Semaphore>,
 }
 
-/// Ends a count that nobody waits for any more.
-struct Stop(Arc<AtomicBool>);
-
-impl Drop for Stop {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
 impl Disk {
     /// Counts until the Pod keeps more than it may; says what.
     pub async fn watch(self, limits: Limits) -> String {
@@ -188,13 +144,15 @@ impl Disk {
                 Ok(kept) => kept,
                 Err(message) => return message,
             };
-            let containers = self.containers(&mut kept).await;
+            if let Err(error) = self.containers(&mut kept).await {
+                kept.unknown = Some(error.to_string());
+            }
             if let Some(message) = limits.exceeded(&kept) {
                 return message;
             }
-            kept.partly |= containers.is_err();
-            if kept.partly && !std::mem::replace(&mut complained, true) {
-                let error = containers.err().map(|e| e.to_string()).unwrap_or_default();
+            if let Some(error) = kept.unknown
+                && !std::mem::replace(&mut complained, true)
+            {
                 tracing::warn!(
                     uid = %self.uid,
                     error,
@@ -218,16 +176,16 @@ impl Disk {
                         tree::DEPTH
                     ));
                 }
-                Err(Uncounted::Stopped | Uncounted::Io(_)) => kept.partly = true,
+                Err(error @ (Uncounted::Stopped | Uncounted::Io(_))) => {
+                    kept.unknown = Some(error.to_string());
+                }
             }
         }
         Ok(kept)
     }
 
     async fn containers(&self, kept: &mut Kept) -> Result<(), CriError> {
-        let listed = self.cri.list_containers(Some(&self.uid)).await;
-        kept.partly |= listed.is_err();
-        for container in listed? {
+        for container in self.cri.list_containers(Some(&self.uid)).await? {
             let name = container.metadata.map(|m| m.name).unwrap_or_default();
             if container.state != api::ContainerState::ContainerRunning as i32 {
                 continue;
@@ -235,17 +193,19 @@ impl Disk {
             let stats = match self.cri.container_stats(&container.id).await {
                 Ok(stats) => stats,
                 Err(error) if error.not_found() => continue,
-                Err(error) => {
-                    kept.partly = true;
-                    return Err(error);
-                }
+                Err(error) => return Err(error),
             };
             let layer = stats.and_then(|s| s.writable_layer?.used_bytes);
+            let layer = layer.map_or(0, |l| l.value);
             // The runtime makes the directory of logs, and no container reaches it.
-            let logs = self.tree(self.logs.join(&name)).await;
-            kept.partly |= logs.is_err();
-            let bytes = layer.map_or(0, |l| l.value);
-            let bytes = bytes.saturating_add(logs.unwrap_or(0));
+            let logs = match self.tree(self.logs.join(&name)).await {
+                Ok(bytes) => bytes,
+                Err(error) => {
+                    kept.unknown = Some(error.to_string());
+                    0
+                }
+            };
+            let bytes = layer.saturating_add(logs);
             kept.bytes.insert(Part::Container(name), bytes);
         }
         Ok(())
@@ -256,11 +216,11 @@ impl Disk {
         let Ok(turn) = self.turn.clone().acquire_owned().await else {
             return Err(Uncounted::Stopped);
         };
-        let stop = Stop(Arc::default());
-        let flag = stop.0.clone();
+        let stop = CancellationToken::new();
+        let _ends_with_this = stop.clone().drop_guard();
         beside(move || {
             let _turn = turn;
-            tree::bytes(&root, &flag)
+            tree::bytes(&root, &stop)
         })
         .await
     }
@@ -335,10 +295,10 @@ mod tests {
         ] {
             let mut kept = Kept {
                 bytes: kept.into_iter().collect(),
-                partly: false,
+                unknown: None,
             };
             let found = limits.exceeded(&kept);
-            kept.partly = true;
+            kept.unknown = Some("the disk is broken".into());
             let of_all = found.as_ref().is_some_and(|f| f.contains("the Pod"));
             assert_eq!(limits.exceeded(&kept).is_none(), found.is_none() || of_all);
             match said {

@@ -32,6 +32,8 @@ use common::ids::ObjectKey;
 use common::tasks::beside;
 use k8s_openapi::api::core::v1::{Container, Pod, Volume, VolumeMount};
 
+pub use local::is_on_disk;
+
 use super::env::{ConfigError, expand_strictly};
 use super::tokens::{Token, TokenRequest, Tokens};
 use crate::node::environment::Environment;
@@ -250,12 +252,12 @@ impl Volumes {
         beside(move || tokens.forget(&pod)).await;
     }
 
-    /// Where the Pod's emptyDirs are, by their names.
+    /// Where the Pod's emptyDirs on the disk are, by their names.
     pub fn empty_dirs(&self, pod: &Pod) -> Vec<(String, PathBuf)> {
         let Ok(dir) = self.inner.pod_dir(uid(pod)) else {
             return Vec::new();
         };
-        let mine = used(pod).filter(|v| v.empty_dir.is_some());
+        let mine = used(pod).filter(|v| v.empty_dir.as_ref().is_some_and(is_on_disk));
         let places = mine.filter_map(|v| Some((v.name.clone(), Inner::place(&dir, v).ok()?)));
         places.collect()
     }

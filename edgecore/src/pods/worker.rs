@@ -349,15 +349,18 @@ impl Worker {
 
     /// Counts on while the Pod runs.
     fn count(&mut self, pod: &Pod) {
+        if !self.counts.is_empty() {
+            return;
+        }
         let limits = Limits::of(pod);
-        if limits.is_empty() || !self.counts.is_empty() {
+        if limits.is_empty() {
             return;
         }
         let shared = &self.shared;
         let disk = Disk {
             cri: shared.cri.clone(),
             uid: self.key.uid.to_string(),
-            volumes: Limits::on_disk(pod, shared.volumes.empty_dirs(pod)),
+            volumes: shared.volumes.empty_dirs(pod),
             logs: shared.paths.logs_of(pod),
             turn: shared.counting.clone(),
         };

@@ -22,7 +22,7 @@ const FLUSHED: [u8; 5] = [0, 0, 0, 0xff, 0xff];
 /// The other end broke the protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the runtime's streaming server broke the protocol: {0}")]
-pub(super) struct Malformed(pub(super) &'static str);
+pub(super) struct Malformed(&'static str);
 
 /// What came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -50,6 +50,17 @@ const RESIZE: u8 = 4;
 /// Another channel's end.
 const END: u8 = 255;
 
+/// What a runtime calls the channels, in the order in which it is asked for them.
+const STREAMS: [(u8, &str); 5] = [
+    (ERROR, "error"),
+    (STDIN, "stdin"),
+    (STDOUT, "stdout"),
+    (STDERR, "stderr"),
+    (RESIZE, "resize"),
+];
+/// The asker hears these.
+const HEARD: [u8; 3] = [STDOUT, STDERR, ERROR];
+
 /// What is read of the asker at once. What is written is what the splice gives: each message costs
 /// the asker, so they are as large as can be.
 const PIECE: usize = 16 * 1024;
@@ -170,23 +181,22 @@ struct Command {
 
 impl Command {
     fn new(wanted: &Streams) -> Self {
-        let kinds = [
-            (ERROR, true),
-            (STDIN, wanted.stdin),
-            (STDOUT, wanted.stdout),
-            (STDERR, wanted.stderr),
-            (RESIZE, wanted.tty),
-        ];
+        let is_wanted = |channel| match channel {
+            STDIN => wanted.stdin,
+            STDOUT => wanted.stdout,
+            STDERR => wanted.stderr,
+            RESIZE => wanted.tty,
+            _ => true,
+        };
         let mut streams = [None; 5];
-        let mut awaited = 0;
-        let wanted = kinds.into_iter().filter(|(_, wanted)| *wanted);
-        for ((channel, _), number) in wanted.zip((1_u32..).step_by(2)) {
+        let channels = STREAMS.iter().map(|(channel, _)| *channel);
+        let wanted = channels.filter(|channel| is_wanted(*channel));
+        for (channel, number) in wanted.zip((1_u32..).step_by(2)) {
             streams[usize::from(channel)] = Some(number);
-            awaited += 1;
         }
         Self {
             streams,
-            awaited,
+            awaited: streams.iter().flatten().count(),
             frames: spdy::Decoder::default(),
             channel: END,
         }
@@ -194,19 +204,13 @@ impl Command {
 
     /// Opens the streams; tells the asker, by nothing on its first stream, that they are there.
     fn begin(&self, there: &mut BytesMut, back: &mut BytesMut) {
-        let names = ["stdin", "stdout", "stderr", "error", "resize"];
-        let streams = self.streams.iter().zip(names);
-        let mut streams: Vec<_> = streams
-            .filter_map(|(n, name)| Some(((*n)?, name)))
-            .collect();
-        streams.sort_unstable();
-        for (number, name) in streams {
-            spdy::open(there, number, number == 1, ("streamtype", name));
+        for (channel, name) in STREAMS {
+            if let Some(number) = self.stream(channel) {
+                spdy::open(there, number, number == 1, ("streamtype", name));
+            }
         }
-        let first = [STDOUT, STDERR, ERROR];
-        let mut first = first.into_iter().filter(|c| self.stream(*c).is_some());
-        if let Some(channel) = first.next() {
-            websocket::message(back, &[channel], &[]);
+        if let Some(channel) = HEARD.iter().find(|c| self.stream(**c).is_some()) {
+            websocket::message(back, &[*channel], &[]);
         }
     }
 
@@ -252,10 +256,9 @@ impl Command {
         while let Some(event) = self.frames.next(&mut bytes)? {
             match event {
                 spdy::Event::Data { stream, bytes } => {
-                    let channels = [STDOUT, STDERR, ERROR];
-                    let mut channels = channels.into_iter();
-                    if let Some(channel) = channels.find(|c| self.stream(*c) == Some(stream)) {
-                        websocket::message(back, &[channel], bytes);
+                    let of_stream = |c: &&u8| self.stream(**c) == Some(stream);
+                    if let Some(channel) = HEARD.iter().find(of_stream) {
+                        websocket::message(back, &[*channel], bytes);
                     }
                 }
                 spdy::Event::Replied => self.awaited = self.awaited.saturating_sub(1),

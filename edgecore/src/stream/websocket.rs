@@ -1,26 +1,22 @@
 //! The frames of a WebSocket (RFC 6455) at the server's end.
 //!
 //! Sans-IO, and piece by piece: clients make messages of any length, and a tunnel holds little of
-//! one. Extensions are never agreed on, so every reserved bit is an error.
+//! one, where tungstenite, whose heads these are, holds it whole. Extensions are never agreed on, so
+//! every reserved bit is an error.
+
+use std::io::Cursor;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
+use tokio_tungstenite::tungstenite::protocol::frame::FrameHeader;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::{Control, Data, OpCode};
 
 /// A control frame's payload.
-const MOST_CONTROL: usize = 125;
-/// The longest head: two bytes, eight of length, four of mask.
-const LONGEST_HEAD: usize = 14;
-
-const CONTINUATION: u8 = 0;
-const TEXT: u8 = 1;
-const BINARY: u8 = 2;
-const CLOSE: u8 = 8;
-const PING: u8 = 9;
-const PONG: u8 = 10;
+const MOST_CONTROL: u64 = 125;
 
 /// The client broke the protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the WebSocket client broke the protocol: {0}")]
-pub(super) struct Malformed(pub(super) &'static str);
+pub(super) struct Malformed(&'static str);
 
 /// What came.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,13 +31,11 @@ pub(super) enum Event {
     Close,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 struct Frame {
-    operation: u8,
+    operation: OpCode,
     left: u64,
     mask: [u8; 4],
-    /// Nothing of the message came before.
-    first: bool,
 }
 
 /// Takes bytes as they come, gives what they mean.
@@ -49,8 +43,10 @@ struct Frame {
 pub(super) struct Decoder {
     held: BytesMut,
     frame: Option<Frame>,
-    /// A message goes on in the next frame; whether it has had bytes.
-    within: Option<bool>,
+    /// A message goes on in the next frame.
+    within: bool,
+    /// Nothing of the message has come yet.
+    fresh: bool,
 }
 
 impl Decoder {
@@ -66,38 +62,32 @@ impl Decoder {
                 }
                 continue;
             };
-            if frame.operation >= CLOSE {
-                // At most 125 bytes: see `begin`.
-                let length = usize::try_from(frame.left).unwrap_or(usize::MAX);
-                if self.held.len() < length {
+            let here = self.held.len();
+            let left = usize::try_from(frame.left).unwrap_or(usize::MAX);
+            if let OpCode::Control(kind) = frame.operation {
+                if here < left {
                     return Ok(None);
                 }
-                let mut bytes = self.held.split_to(length);
+                let mut bytes = self.held.split_to(left);
                 unmask(&mut bytes, &mut frame.mask);
-                let operation = frame.operation;
                 self.frame = None;
-                match operation {
-                    PING => return Ok(Some(Event::Ping(bytes.freeze()))),
-                    CLOSE => return Ok(Some(Event::Close)),
-                    _ => continue,
+                match kind {
+                    Control::Ping => return Ok(Some(Event::Ping(bytes.freeze()))),
+                    Control::Close => return Ok(Some(Event::Close)),
+                    Control::Pong | Control::Reserved(_) => continue,
                 }
             }
-            if frame.left == 0 {
+            if left == 0 {
                 self.frame = None;
                 continue;
             }
-            let here = self.held.len();
-            let length = usize::try_from(frame.left).unwrap_or(usize::MAX).min(here);
-            if length == 0 {
+            if here == 0 {
                 return Ok(None);
             }
-            let mut bytes = self.held.split_to(length);
+            let mut bytes = self.held.split_to(left.min(here));
             unmask(&mut bytes, &mut frame.mask);
-            frame.left -= length as u64;
-            let first = std::mem::replace(&mut frame.first, false);
-            if let Some(had) = &mut self.within {
-                *had = true;
-            }
+            frame.left -= bytes.len() as u64;
+            let first = std::mem::take(&mut self.fresh);
             let bytes = bytes.freeze();
             return Ok(Some(Event::Data { first, bytes }));
         }
@@ -105,57 +95,40 @@ impl Decoder {
 
     /// Reads a frame's head; false while it is not whole.
     fn begin(&mut self) -> Result<bool, Malformed> {
-        let head = &self.held[..self.held.len().min(LONGEST_HEAD)];
-        let [first, second, rest @ ..] = head else {
+        let mut held = Cursor::new(&self.held[..]);
+        let parsed = FrameHeader::parse(&mut held);
+        let parsed = parsed.map_err(|_| Malformed("a frame is of an unknown kind"))?;
+        let Some((head, left)) = parsed else {
             return Ok(false);
         };
-        let (last, operation) = (first & 0x80 != 0, first & 0x0f);
-        if first & 0x70 != 0 {
+        let length = self.held.len() - held.remaining();
+        if head.rsv1 || head.rsv2 || head.rsv3 {
             return Err(Malformed("a reserved bit is set"));
         }
-        if second & 0x80 == 0 {
-            return Err(Malformed("a frame is not masked"));
-        }
-        let (size, long) = match second & 0x7f {
-            126 => (2, true),
-            127 => (8, true),
-            short => (usize::from(short), false),
-        };
-        let width = if long { size } else { 0 };
-        if rest.len() < width + 4 {
-            return Ok(false);
-        }
-        let (length, mask) = rest.split_at(width);
-        let left = match length {
-            [] => size as u64,
-            bytes => bytes.iter().fold(0, |sum, b| sum << 8 | u64::from(*b)),
-        };
+        let mask = head.mask.ok_or(Malformed("a frame is not masked"))?;
         if left >> 63 != 0 {
             return Err(Malformed("a frame is longer than any may be"));
         }
-        let mask = [mask[0], mask[1], mask[2], mask[3]];
-        let first = match operation {
-            CONTINUATION => match self.within {
-                Some(had) => !had,
-                None => return Err(Malformed("a message goes on that was not begun")),
-            },
-            TEXT | BINARY if self.within.is_some() => {
-                return Err(Malformed("a message begins within another"));
+        match head.opcode {
+            OpCode::Control(_) if head.is_final && left <= MOST_CONTROL => {}
+            OpCode::Control(_) => return Err(Malformed("a control frame is long or in parts")),
+            OpCode::Data(kind) => {
+                match (kind == Data::Continue, self.within) {
+                    (true, true) => {}
+                    (false, false) => self.fresh = true,
+                    (true, false) => {
+                        return Err(Malformed("a message goes on that was not begun"));
+                    }
+                    (false, true) => return Err(Malformed("a message begins within another")),
+                }
+                self.within = !head.is_final;
             }
-            TEXT | BINARY => true,
-            CLOSE | PING | PONG if last && left <= MOST_CONTROL as u64 => false,
-            CLOSE | PING | PONG => return Err(Malformed("a control frame is long or in parts")),
-            _ => return Err(Malformed("a frame is of an unknown kind")),
-        };
-        if operation < CLOSE {
-            self.within = (!last).then_some(!first);
         }
-        self.held.advance(2 + width + 4);
+        self.held.advance(length);
         self.frame = Some(Frame {
-            operation,
+            operation: head.opcode,
             left,
             mask,
-            first,
         });
         Ok(true)
     }
@@ -179,38 +152,32 @@ fn unmask(bytes: &mut [u8], mask: &mut [u8; 4]) {
     mask.rotate_left(rest.len() % 4);
 }
 
-fn head(out: &mut BytesMut, operation: u8, length: usize) {
-    out.put_u8(0x80 | operation);
-    match (u8::try_from(length), u16::try_from(length)) {
-        (Ok(short), _) if short < 126 => out.put_u8(short),
-        (_, Ok(length)) => {
-            out.put_u8(126);
-            out.put_u16(length);
-        }
-        _ => {
-            out.put_u8(127);
-            out.put_u64(length as u64);
-        }
-    }
+fn head(out: &mut BytesMut, opcode: OpCode, length: usize) {
+    let header = FrameHeader {
+        opcode,
+        ..FrameHeader::default()
+    };
+    // Memory takes it.
+    drop(header.format(length as u64, &mut out.writer()));
 }
 
 /// One binary message of two parts.
 pub(super) fn message(out: &mut BytesMut, before: &[u8], bytes: &[u8]) {
-    out.reserve(LONGEST_HEAD + before.len() + bytes.len());
-    head(out, BINARY, before.len() + bytes.len());
+    head(out, OpCode::Data(Data::Binary), before.len() + bytes.len());
+    out.reserve(before.len() + bytes.len());
     out.put_slice(before);
     out.put_slice(bytes);
 }
 
 pub(super) fn pong(out: &mut BytesMut, bytes: &[u8]) {
-    head(out, PONG, bytes.len());
+    head(out, OpCode::Control(Control::Pong), bytes.len());
     out.put_slice(bytes);
 }
 
 /// The last words: all went well.
 pub(super) fn close(out: &mut BytesMut) {
     const NORMAL: u16 = 1000;
-    head(out, CLOSE, 2);
+    head(out, OpCode::Control(Control::Close), 2);
     out.put_u16(NORMAL);
 }
 
@@ -219,7 +186,7 @@ pub(super) fn close(out: &mut BytesMut) {
 pub(super) fn masked(first: u8, payload: &[u8]) -> Vec<u8> {
     const MASK: [u8; 4] = [1, 2, 3, 4];
     let mut out = BytesMut::new();
-    head(&mut out, 0, payload.len());
+    head(&mut out, OpCode::Data(Data::Binary), payload.len());
     out[0] = first;
     out[1] |= 0x80;
     out.put_slice(&MASK);

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::api::core::v1::{Container, Pod, ResourceRequirements};
+use k8s_openapi::api::core::v1::{Container, Pod, PodSpec, ResourceRequirements};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
 use crate::node::environment::Environment;
@@ -220,14 +220,9 @@ pub(super) fn pod_limits(pod: &Pod) -> PodLimits {
     }
 }
 
-/// What the scheduler counts for the Pod: what runs side by side, or the largest init container
-/// beside the sidecars that were started before it. Millicores or bytes.
-pub fn requested(pod: &Pod, name: &str) -> i64 {
-    let Some(spec) = &pod.spec else { return 0 };
-    let of = |c: &Container| {
-        let r = c.resources.as_ref();
-        request(r, name).or(limit(r, name)).unwrap_or(0)
-    };
+/// What runs side by side at most: all regular containers beside the sidecars, or the largest init
+/// container beside the sidecars that were started before it. Millicores or bytes.
+fn side_by_side(spec: &PodSpec, of: impl Fn(&Container) -> i64) -> i64 {
     let (mut sidecars, mut most) = (0_i64, 0_i64);
     for c in spec.init_containers.iter().flatten() {
         let beside = sidecars.saturating_add(of(c));
@@ -237,9 +232,32 @@ pub fn requested(pod: &Pod, name: &str) -> i64 {
         }
     }
     let mains = spec.containers.iter().map(of);
-    let parts = mains.fold(sidecars, i64::saturating_add).max(most);
+    mains.fold(sidecars, i64::saturating_add).max(most)
+}
+
+/// What the scheduler counts for the Pod. Millicores or bytes.
+pub fn requested(pod: &Pod, name: &str) -> i64 {
+    let Some(spec) = &pod.spec else { return 0 };
+    let parts = side_by_side(spec, |c| {
+        let r = c.resources.as_ref();
+        request(r, name).or(limit(r, name)).unwrap_or(0)
+    });
     let whole = request(spec.resources.as_ref(), name).unwrap_or(parts);
     whole.saturating_add(side(spec.overhead.as_ref(), name).unwrap_or(0))
+}
+
+/// What a container may have of a resource. Millicores or bytes.
+pub fn limit_of(container: &Container, name: &str) -> Option<i64> {
+    limit(container.resources.as_ref(), name)
+}
+
+/// What the containers that are limited may have together, and the Pod's overhead; nothing where
+/// none is. Millicores or bytes.
+pub fn limited(pod: &Pod, name: &str) -> Option<i64> {
+    let spec = pod.spec.as_ref()?;
+    let parts = side_by_side(spec, |c| limit_of(c, name).unwrap_or(0));
+    let overhead = side(spec.overhead.as_ref(), name).unwrap_or(0);
+    (parts > 0).then(|| parts.saturating_add(overhead))
 }
 
 #[cfg(test)]

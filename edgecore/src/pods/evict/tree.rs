@@ -2,10 +2,10 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, fstat, open, openat, statat};
 use rustix::io::Errno;
+use tokio_util::sync::CancellationToken;
 
 /// Each level is a descriptor that is open. Whoever goes deeper hides what cannot be counted.
 pub(super) const DEPTH: usize = 128;
@@ -32,7 +32,7 @@ impl From<Errno> for Uncounted {
 
 /// Bytes of all that is in `root` on its own file system; nothing where there is no `root`.
 /// Containers may change it meanwhile: no link is followed, and what vanished is not counted.
-pub(super) fn bytes(root: &Path, stop: &AtomicBool) -> Result<u64, Uncounted> {
+pub(super) fn bytes(root: &Path, stop: &CancellationToken) -> Result<u64, Uncounted> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let root = match open(root, flags, Mode::empty()) {
         Ok(root) => root,
@@ -43,7 +43,7 @@ pub(super) fn bytes(root: &Path, stop: &AtomicBool) -> Result<u64, Uncounted> {
     let mut above = vec![Dir::new(root)?];
     let mut sum = 0_u64;
     loop {
-        if stop.load(Ordering::Relaxed) {
+        if stop.is_cancelled() {
             return Err(Uncounted::Stopped);
         }
         let depth = above.len();
@@ -102,7 +102,7 @@ mod tests {
         fs::create_dir_all(tree.join("a/b")).unwrap();
         fs::create_dir(&outside).unwrap();
         fs::write(outside.join("big"), vec![1; 8 * MIB]).unwrap();
-        let go_on = AtomicBool::new(false);
+        let go_on = CancellationToken::new();
         let before = bytes(&tree, &go_on).unwrap();
         fs::write(tree.join("a/b/file"), vec![1; MIB]).unwrap();
         fs::hard_link(tree.join("a/b/file"), tree.join("second")).unwrap();
@@ -119,7 +119,7 @@ mod tests {
     #[test]
     fn what_cannot_be_counted_is_said_and_nothing_is_made_of_it() {
         let dir = tempfile::tempdir().unwrap();
-        let go_on = AtomicBool::new(false);
+        let go_on = CancellationToken::new();
         assert_eq!(bytes(&dir.path().join("none"), &go_on).unwrap(), 0);
         let mut deep = dir.path().to_owned();
         deep.extend(std::iter::repeat_n("d", DEPTH - 1));
@@ -128,7 +128,8 @@ mod tests {
         fs::create_dir(deep.join("d")).unwrap();
         let found = bytes(dir.path(), &go_on);
         assert!(matches!(found, Err(Uncounted::Deep)), "{found:?}");
-        let found = bytes(dir.path(), &AtomicBool::new(true));
+        go_on.cancel();
+        let found = bytes(dir.path(), &go_on);
         assert!(matches!(found, Err(Uncounted::Stopped)), "{found:?}");
     }
 }

@@ -12,6 +12,11 @@ use crate::node::environment::Environment;
 use crate::pods::fields::container_named;
 use crate::pods::quantity::units;
 
+/// Not in memory, where it cannot outgrow its file system.
+pub fn is_on_disk(source: &EmptyDirVolumeSource) -> bool {
+    source.medium.as_deref().unwrap_or_default().is_empty()
+}
+
 /// Makes an emptyDir; the error is a sentence for the Pod's Event.
 pub(super) fn empty_dir(
     dir: &Path,
