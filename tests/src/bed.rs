@@ -21,6 +21,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -52,7 +53,9 @@ impl Bed {
     pub fn scratch() -> Result<Bed> {
         let base = std::env::temp_dir().join("edge-testbed");
         fs::create_dir_all(&base)?;
-        let dir = (0..)
+        // Never the name of one before: its guard may still be removing what is there.
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let dir = std::iter::repeat_with(|| NEXT.fetch_add(1, Ordering::Relaxed))
             .map(|n| base.join(format!("{}-{n}", std::process::id())))
             .find(|dir| fs::create_dir(dir).is_ok())
             .context("no free directory")?;
