@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{AckFrequencyConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, Runtime, VarInt};
 use quinn_proto::HashedConnectionIdGenerator;
 use rustls_pki_types::CertificateDer;
@@ -14,8 +14,10 @@ use super::mux::Side;
 use super::tls::ClientTls;
 use super::transport::{Class, Connection, Link, LinkConfig, Tally, TransportError};
 
+mod handshake;
 mod socket;
 
+use handshake::Credentials;
 use socket::Sparing;
 
 /// Bytes that peers who have not proved their address may make us keep: one first packet each.
@@ -63,7 +65,7 @@ pub(super) fn listen(
 ) -> std::io::Result<quinn::Endpoint> {
     let runtime = Arc::new(quinn::TokioRuntime);
     enlarge(&socket);
-    let socket = Sparing::new(runtime.wrap_udp_socket(socket)?);
+    let socket = Sparing::of_many(runtime.wrap_udp_socket(socket)?);
     let config = listening_config(reset_key);
     quinn::Endpoint::new_with_abstract_socket(config, Some(server), Arc::new(socket), runtime)
 }
@@ -123,8 +125,7 @@ pub(super) fn server_config(
     tls: Arc<rustls::ServerConfig>,
     config: &LinkConfig,
 ) -> Result<quinn::ServerConfig, TransportError> {
-    let crypto = QuicServerConfig::try_from(tls).map_err(TransportError::unusable)?;
-    let mut server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+    let mut server = quinn::ServerConfig::with_crypto(Arc::new(Credentials::new(tls)?));
     server
         .transport_config(transport(config, Side::Listener))
         .migration(true)
@@ -150,7 +151,12 @@ pub(super) async fn dial(
     let socket = std::net::UdpSocket::bind(any).map_err(TransportError::unusable)?;
     enlarge(&socket);
     let runtime = Arc::new(quinn::TokioRuntime);
-    let endpoint = quinn::Endpoint::new(EndpointConfig::default(), None, socket, runtime)
+    let socket = runtime
+        .wrap_udp_socket(socket)
+        .map_err(TransportError::unusable)?;
+    let socket = Arc::new(Sparing::of_one(socket));
+    let of_endpoint = EndpointConfig::default();
+    let endpoint = quinn::Endpoint::new_with_abstract_socket(of_endpoint, None, socket, runtime)
         .map_err(TransportError::unusable)?;
     let crypto =
         QuicClientConfig::try_from(tls.config.clone()).map_err(TransportError::unusable)?;
@@ -233,5 +239,10 @@ impl QuicLink {
 
     pub(super) fn remote_address(&self) -> SocketAddr {
         self.connection.remote_address()
+    }
+
+    #[cfg(test)]
+    pub(super) fn change_keys(&self) {
+        self.connection.force_key_update();
     }
 }

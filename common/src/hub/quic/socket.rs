@@ -1,19 +1,25 @@
-//! The listener's UDP socket, which offers to send many datagrams at once only while many are sent.
+//! A UDP socket by which quinn holds no more memory than it was told to.
 //!
-//! quinn gives a connection room for as many datagrams as the socket takes at once when it first
-//! sends two, as each does in its handshake, and never takes it back: 12 KiB for each device that
-//! rests from then on. What gains from it, a tunnel that carries much, gets it within two windows.
+//! Of what comes: the kernel gives up to 64 datagrams of a sender as one. quinn keeps them in one
+//! piece of memory until the last byte of the last is read, and counts against a stream's window
+//! only what that stream has of them: beside streams that are read, one that stands still would hold
+//! ten times its window. So it gets each by itself.
+//!
+//! Of what leaves: a listener offers to send many datagrams at once only while many are sent. quinn
+//! gives a connection room for as many as the socket takes at once when it first sends two, as each
+//! does in its handshake, and never takes it back: 12 KiB for each device that rests from then on.
+//! What gains from it, a tunnel that carries much, gets it within two windows.
 
 use std::fmt;
 use std::io::{self, IoSliceMut};
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::task::{Context, Poll};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
-use quinn::udp::{RecvMeta, Transmit};
+use quinn::udp::{BATCH_SIZE, RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, UdpPoller};
 
 const WINDOW: Duration = Duration::from_millis(50);
@@ -22,15 +28,99 @@ const WINDOW: Duration = Duration::from_millis(50);
 /// one second stay below.
 const MANY: u32 = 400;
 
+/// The most that the kernel gives as one.
+const TOGETHER: usize = 64 * 1024;
+
 pub(in crate::hub) struct Sparing {
     socket: Arc<dyn AsyncUdpSocket>,
-    pace: Pace,
+    /// `None` where many datagrams may always leave at once.
+    pace: Option<Pace>,
+    /// Only quinn's one receiver takes it.
+    came: Mutex<Came>,
 }
 
 impl Sparing {
-    pub(in crate::hub) fn new(socket: Arc<dyn AsyncUdpSocket>) -> Self {
-        let pace = Pace::new(Instant::now());
-        Self { socket, pace }
+    /// For a listener with many peers.
+    pub(in crate::hub) fn of_many(socket: Arc<dyn AsyncUdpSocket>) -> Self {
+        let pace = Some(Pace::new(Instant::now()));
+        Self {
+            pace,
+            ..Self::of_one(socket)
+        }
+    }
+
+    pub(in crate::hub) fn of_one(socket: Arc<dyn AsyncUdpSocket>) -> Self {
+        Self {
+            socket,
+            pace: None,
+            came: Mutex::new(Came::default()),
+        }
+    }
+}
+
+/// What the kernel gave, until quinn has taken all of it.
+struct Came {
+    /// As many times [`TOGETHER`] as there are `metas`; pages that nothing came in cost nothing.
+    bytes: Box<[u8]>,
+    metas: [RecvMeta; BATCH_SIZE],
+    filled: usize,
+    /// What is taken next: in which of the filled, and from which byte on.
+    next: (usize, usize),
+}
+
+impl Default for Came {
+    fn default() -> Self {
+        Self {
+            bytes: vec![0; BATCH_SIZE * TOGETHER].into(),
+            metas: [RecvMeta::default(); BATCH_SIZE],
+            filled: 0,
+            next: (0, 0),
+        }
+    }
+}
+
+impl Came {
+    fn poll_fill(
+        &mut self,
+        cx: &mut Context<'_>,
+        socket: &dyn AsyncUdpSocket,
+    ) -> Poll<io::Result<()>> {
+        let mut parts = self.bytes.chunks_mut(TOGETHER);
+        let mut buffers: [IoSliceMut<'_>; BATCH_SIZE] =
+            std::array::from_fn(|_| IoSliceMut::new(parts.next().unwrap_or_default()));
+        self.filled = ready!(socket.poll_recv(cx, &mut buffers, &mut self.metas))?;
+        self.next = (0, 0);
+        Poll::Ready(Ok(()))
+    }
+
+    /// Gives each datagram by itself, as many as there is room for.
+    fn take(&mut self, buffers: &mut [IoSliceMut<'_>], metas: &mut [RecvMeta]) -> usize {
+        let mut taken = 0;
+        let mut places = buffers.iter_mut().zip(metas);
+        while self.next.0 < self.filled {
+            let (which, from) = self.next;
+            let meta = self.metas[which];
+            let length = meta.stride.min(meta.len - from);
+            if length == 0 {
+                self.next = (which + 1, 0);
+                continue;
+            }
+            let Some((buffer, place)) = places.next() else {
+                break;
+            };
+            // What is longer than was agreed on is cut, as the kernel would.
+            let length = length.min(buffer.len());
+            let start = which * TOGETHER + from;
+            buffer[..length].copy_from_slice(&self.bytes[start..start + length]);
+            *place = RecvMeta {
+                len: length,
+                stride: length,
+                ..meta
+            };
+            self.next.1 = from + meta.stride.min(meta.len - from);
+            taken += 1;
+        }
+        taken
     }
 }
 
@@ -92,7 +182,9 @@ impl AsyncUdpSocket for Sparing {
         let datagrams = transmit.contents.len().div_ceil(each.max(1));
         let datagrams = u32::try_from(datagrams).unwrap_or(u32::MAX);
         self.socket.try_send(transmit)?;
-        self.pace.count(Instant::now(), datagrams);
+        if let Some(pace) = &self.pace {
+            pace.count(Instant::now(), datagrams);
+        }
         Ok(())
     }
 
@@ -102,7 +194,11 @@ impl AsyncUdpSocket for Sparing {
         buffers: &mut [IoSliceMut<'_>],
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
-        self.socket.poll_recv(cx, buffers, meta)
+        let mut came = self.came.lock().unwrap_or_else(PoisonError::into_inner);
+        if came.next.0 >= came.filled {
+            ready!(came.poll_fill(cx, &*self.socket))?;
+        }
+        Poll::Ready(Ok(came.take(buffers, meta)))
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
@@ -110,15 +206,14 @@ impl AsyncUdpSocket for Sparing {
     }
 
     fn max_transmit_segments(&self) -> usize {
-        if self.pace.is_high(Instant::now()) {
-            self.socket.max_transmit_segments()
-        } else {
-            1
+        match &self.pace {
+            Some(pace) if !pace.is_high(Instant::now()) => 1,
+            _ => self.socket.max_transmit_segments(),
         }
     }
 
     fn max_receive_segments(&self) -> usize {
-        self.socket.max_receive_segments()
+        1
     }
 
     fn may_fragment(&self) -> bool {
@@ -129,6 +224,62 @@ impl AsyncUdpSocket for Sparing {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What came, as the kernel gives it: so many bytes each, of datagrams so long.
+    fn came(groups: &[(usize, usize)]) -> Came {
+        let mut came = Came::default();
+        let mut number = 0;
+        for (which, (len, stride)) in groups.iter().copied().enumerate() {
+            let meta = RecvMeta::default();
+            came.metas[which] = RecvMeta {
+                len,
+                stride,
+                ..meta
+            };
+            let bytes = &mut came.bytes[which * TOGETHER..][..len];
+            for datagram in bytes.chunks_mut(stride.max(1)) {
+                datagram.fill(number);
+                number += 1;
+            }
+        }
+        came.filled = groups.len();
+        came
+    }
+
+    #[test]
+    fn what_came_together_is_given_one_by_one_however_little_room_there_is() {
+        for room in [1, 2, 3, BATCH_SIZE] {
+            let mut came = came(&[(100, 100), (0, 0), (250, 100), (0, 100), (2, 1)]);
+            let mut given = Vec::new();
+            loop {
+                let mut space = vec![[0; 100]; room];
+                let mut buffers: Vec<_> = space.iter_mut().map(|s| IoSliceMut::new(s)).collect();
+                let mut metas = vec![RecvMeta::default(); room];
+                let taken = came.take(&mut buffers, &mut metas);
+                for (bytes, meta) in space.iter().zip(&metas).take(taken) {
+                    assert_eq!(meta.len, meta.stride);
+                    assert!(bytes[..meta.len].iter().all(|b| *b == bytes[0]));
+                    given.push((bytes[0], meta.len));
+                }
+                if came.next.0 >= came.filled {
+                    break;
+                }
+            }
+            let all = [(0, 100), (1, 100), (2, 100), (3, 50), (4, 1), (5, 1)];
+            assert_eq!(given, all, "room for {room}");
+        }
+    }
+
+    #[test]
+    fn a_datagram_that_is_too_long_is_cut_and_the_next_begins_where_it_does() {
+        let mut came = came(&[(300, 200)]);
+        let (mut first, mut second) = ([9; 150], [9; 150]);
+        let mut buffers = [IoSliceMut::new(&mut first), IoSliceMut::new(&mut second)];
+        let mut metas = [RecvMeta::default(); 2];
+        assert_eq!(came.take(&mut buffers, &mut metas), 2);
+        assert_eq!((metas[0].len, metas[1].len), (150, 100));
+        assert_eq!((first, second[0], second[99]), ([0; 150], 1, 1));
+    }
 
     #[test]
     fn many_datagrams_go_together_only_after_a_window_of_many() {

@@ -173,6 +173,23 @@ async fn stalled_readers_block_neither_other_streams_nor_control() {
 }
 
 #[tokio::test]
+async fn keys_change_under_a_stream_that_runs() {
+    let mut cloud = Cloud::start().await;
+    let (edge, served) = cloud.pair(TransportKind::Quic).await;
+    let (mut send, _recv) = edge.open(Class::Bulk, &head(1)).await.expect("open");
+    let mut incoming = served.accept().await.expect("accept");
+    for end in [&edge, &served, &edge, &served] {
+        let Link::Quic(quic) = &end.link else {
+            panic!("not QUIC");
+        };
+        quic.change_keys();
+        send.write_all(pattern(40_000, 5)).await.expect("write");
+        let came = timeout(SOON, incoming.recv.read_exact(40_000)).await;
+        assert!(came.expect("in time").expect("read") == pattern(40_000, 5));
+    }
+}
+
+#[tokio::test]
 async fn control_overtakes_bulk() {
     for kind in BOTH {
         let mut cloud = Cloud::start().await;
