@@ -16,6 +16,7 @@ use super::transport::{Class, Connection, Link, LinkConfig, Tally, TransportErro
 
 mod handshake;
 mod socket;
+mod train;
 
 use handshake::Credentials;
 use socket::Sparing;

@@ -154,7 +154,8 @@ pub struct CloudSession {
     known: Known,
     /// Objects whose delta the edge could not use: sent without a base.
     in_full: BTreeSet<ObjectKey>,
-    in_flight: [Option<InFlight>; 2],
+    /// Boxed: at rest there is none.
+    in_flight: [Option<Box<InFlight>>; 2],
     next_sequence: u64,
     /// The digest that the edge last acknowledged as complete.
     completed: Option<Digest>,
@@ -404,7 +405,7 @@ impl CloudSession {
             return Ok(());
         };
         match outcome {
-            proto::BatchOutcome::BatchCommitted => self.batch_committed(flight, &ack)?,
+            proto::BatchOutcome::BatchCommitted => self.batch_committed(*flight, &ack)?,
             proto::BatchOutcome::BatchStale => {
                 self.committed = marks_from_wire(&ack.marks);
                 self.floor = self.committed.clone();
@@ -695,7 +696,7 @@ impl CloudSession {
             epoch: view.epoch(),
             marks: self.floor.clone(),
         };
-        self.in_flight[slot] = Some(flight);
+        self.in_flight[slot] = Some(Box::new(flight));
         let (epoch, marks) = self.news(view.epoch());
         let batch = proto::Batch {
             sequence,
