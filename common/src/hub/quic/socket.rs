@@ -8,8 +8,8 @@
 //! Of what leaves: a listener offers to send many datagrams at once only while many are sent. quinn
 //! gives a connection room for as many as the socket takes at once when it first sends two, as each
 //! does in its handshake, and never takes it back: 12 KiB for each device that rests from then on.
-//! What gains from it, a tunnel that carries much, gets it within two windows. A device, which has
-//! one peer, sends even more at once: see [`train`](super::train).
+//! What gains from it, a tunnel that carries much, gets it within two windows, and even more at once
+//! than quinn gives: see [`train`](super::train).
 
 use std::fmt;
 use std::io::{self, IoSliceMut};
@@ -36,32 +36,32 @@ const TOGETHER: usize = 64 * 1024;
 
 pub(in crate::hub) struct Sparing {
     socket: Arc<dyn AsyncUdpSocket>,
-    out: Out,
+    platform: Platform,
+    /// `None` where many datagrams may always leave at once.
+    pace: Option<Pace>,
     /// Only quinn's one receiver takes it.
     came: Mutex<Came>,
 }
 
-/// How what is sent leaves.
-enum Out {
-    ToMany(Pace),
-    ToOne(Platform),
-}
-
+/// Both are made within a runtime.
 impl Sparing {
     /// For a listener.
     pub(in crate::hub) fn of_many(socket: Arc<dyn AsyncUdpSocket>) -> Self {
-        Self::new(socket, Out::ToMany(Pace::new(Instant::now())))
+        let pace = Some(Pace::new(Instant::now()));
+        Self {
+            pace,
+            ..Self::of_one(socket)
+        }
     }
 
-    /// For a dialler, within a runtime.
+    /// For a dialler.
     pub(in crate::hub) fn of_one(socket: Arc<dyn AsyncUdpSocket>) -> Self {
-        let platform = Platform::new(socket.clone());
-        Self::new(socket, Out::ToOne(platform))
-    }
-
-    fn new(socket: Arc<dyn AsyncUdpSocket>, out: Out) -> Self {
-        let came = Mutex::default();
-        Self { socket, out, came }
+        Self {
+            platform: Platform::new(socket.clone()),
+            socket,
+            pace: None,
+            came: Mutex::default(),
+        }
     }
 }
 
@@ -185,14 +185,13 @@ impl AsyncUdpSocket for Sparing {
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        let pace = match &self.out {
-            Out::ToOne(platform) => return platform.try_send(transmit),
-            Out::ToMany(pace) => pace,
-        };
-        let each = transmit.segment_size.unwrap_or(transmit.contents.len());
-        let datagrams = transmit.contents.len().div_ceil(each.max(1));
-        self.socket.try_send(transmit)?;
-        pace.count(Instant::now(), u32::try_from(datagrams).unwrap_or(u32::MAX));
+        self.platform.try_send(transmit)?;
+        if let Some(pace) = &self.pace {
+            let each = transmit.segment_size.unwrap_or(transmit.contents.len());
+            let datagrams = transmit.contents.len().div_ceil(each.max(1));
+            let datagrams = u32::try_from(datagrams).unwrap_or(u32::MAX);
+            pace.count(Instant::now(), datagrams);
+        }
         Ok(())
     }
 
@@ -214,9 +213,9 @@ impl AsyncUdpSocket for Sparing {
     }
 
     fn max_transmit_segments(&self) -> usize {
-        match &self.out {
-            Out::ToMany(pace) if !pace.is_high(Instant::now()) => 1,
-            Out::ToMany(_) | Out::ToOne(_) => self.socket.max_transmit_segments(),
+        match &self.pace {
+            Some(pace) if !pace.is_high(Instant::now()) => 1,
+            _ => self.socket.max_transmit_segments(),
         }
     }
 

@@ -1,10 +1,10 @@
 //! Datagrams of a tunnel that leave together.
 //!
 //! quinn gives the kernel at most ten at once, and each such call goes all the way to the network:
-//! routes, filters, queues. Where a device sends much, two calls become one.
+//! routes, filters, queues, a process that wakes up. Where much is sent, four calls become one.
 //!
 //! ```text
-//! quinn ──ten──► waits ──ten more──► leave as one
+//! quinn ──ten──► wait ──ten more, three times──► leave as one
 //!                  └── nothing more by the time its task had a turn ──► leave
 //! ```
 
@@ -22,8 +22,9 @@ use tokio_util::task::AbortOnDropHandle;
 
 /// quinn's own most.
 const AT_ONCE: usize = 10;
-/// Few enough that a peer that grants a window of some fifty has something to do meanwhile.
-const MOST: usize = 2 * AT_ONCE;
+/// The kernel takes 64, of 64 KiB. Few enough that something of a stream's window, some fifty, is
+/// under way meanwhile.
+const MOST: usize = 4 * AT_ONCE;
 
 /// What datagrams must have in common to leave as one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,13 +74,18 @@ impl Platform {
         }
     }
 
-    /// As the socket's own; what was taken leaves in its order.
+    /// As the socket's own; what goes to one peer leaves in its order.
     pub(super) fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
         let shared = &self.shared;
         let mut train = shared.train();
         if !train.takes(transmit) {
-            shared.leave(&mut train)?;
-            if !Train::is_begun_by(transmit) {
+            // What goes elsewhere may overtake it.
+            let begins = Train::is_begun_by(transmit);
+            if begins || train.is_for(transmit.destination) {
+                shared.leave(&mut train)?;
+            }
+            if !begins {
+                drop(train);
                 return shared.socket.try_send(transmit);
             }
         }
@@ -150,6 +156,10 @@ impl Train {
         each.is_some_and(|each| transmit.contents.len() == each * AT_ONCE)
     }
 
+    fn is_for(&self, destination: SocketAddr) -> bool {
+        self.way.is_some_and(|way| way.destination == destination)
+    }
+
     /// Whether these go with those that wait.
     fn takes(&self, transmit: &Transmit<'_>) -> bool {
         let Some(way) = self.way else {
@@ -205,12 +215,14 @@ mod tests {
     }
 
     #[test]
-    fn two_full_calls_are_one() {
+    fn four_full_calls_are_one() {
         let (first, second) = ([1; EACH * AT_ONCE], [2; EACH * AT_ONCE]);
         let mut train = Train::default();
         assert!(Train::is_begun_by(&transmit(&first)) && !train.takes(&transmit(&first)));
-        assert!(!train.add(&transmit(&first)), "more may come");
-        assert!(train.takes(&transmit(&second)));
+        for _ in 1..MOST / AT_ONCE {
+            assert!(!train.add(&transmit(&first)), "more may come");
+            assert!(train.takes(&transmit(&second)));
+        }
         assert!(train.add(&transmit(&second)), "no more may come");
         assert!(!train.takes(&transmit(&first)));
         let all = train.as_transmit().unwrap();
@@ -326,12 +338,19 @@ mod tests {
         platform.try_send(&small(&[1])).unwrap();
         assert_eq!(left(), [(1, 1)], "a datagram alone does not wait");
         send(&[2; FULL]).unwrap();
+        send(&[2; FULL]).unwrap();
+        send(&[2; FULL]).unwrap();
         assert_eq!(left(), []);
         send(&[3; FULL]).unwrap();
-        assert_eq!(left(), [(2 * FULL, 2)]);
+        assert_eq!(left(), [(4 * FULL, 2)]);
         send(&[4; FULL]).unwrap();
+        let elsewhere = Transmit {
+            destination: ([127, 0, 0, 2], 1).into(),
+            ..small(&[7])
+        };
+        platform.try_send(&elsewhere).unwrap();
         platform.try_send(&small(&[5])).unwrap();
-        assert_eq!(left(), [(FULL, 4), (1, 5)]);
+        assert_eq!(left(), [(1, 7), (FULL, 4), (1, 5)]);
         send(&[6; FULL]).unwrap();
         while ramp.left.lock().unwrap().is_empty() {
             tokio::task::yield_now().await;
@@ -345,14 +364,15 @@ mod tests {
         let platform = Platform::new(ramp.clone());
         let send = |bytes: &[u8]| platform.try_send(&transmit(bytes));
         *ramp.full.lock().unwrap() = 2;
-        send(&[1; FULL]).unwrap();
-        send(&[2; FULL]).unwrap();
-        assert!(is_full(&send(&[3; FULL])));
+        for n in 1..=4 {
+            send(&[n; FULL]).unwrap();
+        }
+        assert!(is_full(&send(&[5; FULL])));
         while ramp.left.lock().unwrap().is_empty() {
             tokio::task::yield_now().await;
         }
-        send(&[3; EACH]).unwrap();
+        send(&[6; EACH]).unwrap();
         let left = ramp.left.lock().unwrap();
-        assert_eq!(*left, [(2 * FULL, 1), (EACH, 3)]);
+        assert_eq!(*left, [(4 * FULL, 1), (EACH, 6)]);
     }
 }
