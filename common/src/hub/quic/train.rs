@@ -165,8 +165,10 @@ impl Train {
         let Some(way) = self.way else {
             return false;
         };
+        // After a shorter one, which found no room to leave, nothing can follow in the same piece.
+        let goes_on = self.bytes.len().is_multiple_of(way.each);
         let together = self.bytes.len() + transmit.contents.len();
-        Way::of(transmit) == Some(way) && together <= way.each * MOST
+        goes_on && Way::of(transmit) == Some(way) && together <= way.each * MOST
     }
 
     /// Adds what it takes, or what begins it; true when it must leave now.
@@ -241,6 +243,7 @@ mod tests {
         train.add(&transmit(&first));
         assert!(!Train::is_begun_by(&transmit(&rest)));
         assert!(train.takes(&transmit(&rest)) && train.add(&transmit(&rest)));
+        assert!(!train.takes(&transmit(&first)) && !train.takes(&transmit(&rest)));
     }
 
     #[test]
