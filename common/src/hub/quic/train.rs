@@ -22,9 +22,10 @@ use tokio_util::task::AbortOnDropHandle;
 
 /// quinn's own most.
 const AT_ONCE: usize = 10;
-/// The kernel takes 64, of 64 KiB. Few enough that something of a stream's window, some fifty, is
-/// under way meanwhile.
+/// Few enough that something of a stream's window, some fifty, is under way meanwhile.
 const MOST: usize = 4 * AT_ONCE;
+/// What the kernel takes as one: 64 datagrams, and a UDP length.
+const MOST_BYTES: usize = 65_000;
 
 /// What datagrams must have in common to leave as one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +45,11 @@ impl Way {
             ecn: transmit.ecn,
             each: transmit.segment_size?,
         })
+    }
+
+    /// Bytes that may leave as one.
+    fn most(&self) -> usize {
+        self.each * MOST.min(MOST_BYTES / self.each.max(1))
     }
 }
 
@@ -168,16 +174,16 @@ impl Train {
         // After a shorter one, which found no room to leave, nothing can follow in the same piece.
         let goes_on = self.bytes.len().is_multiple_of(way.each);
         let together = self.bytes.len() + transmit.contents.len();
-        goes_on && Way::of(transmit) == Some(way) && together <= way.each * MOST
+        goes_on && Way::of(transmit) == Some(way) && together <= way.most()
     }
 
     /// Adds what it takes, or what begins it; true when it must leave now.
     fn add(&mut self, transmit: &Transmit<'_>) -> bool {
         self.way = Way::of(transmit);
         self.bytes.extend_from_slice(transmit.contents);
-        let room = self.way.map_or(0, |way| way.each * MOST) - self.bytes.len();
+        let more = self.bytes.len() + transmit.contents.len();
         // Only the last datagram of all may be shorter than the others.
-        room == 0 || !Self::is_begun_by(transmit)
+        self.way.is_none_or(|way| more > way.most()) || !Self::is_begun_by(transmit)
     }
 
     fn as_transmit(&self) -> Option<Transmit<'_>> {
@@ -234,6 +240,19 @@ mod tests {
         );
         train.clear();
         assert!(train.as_transmit().is_none());
+    }
+
+    #[test]
+    fn long_datagrams_leave_before_they_are_more_than_the_kernel_takes() {
+        const LONG: usize = 3000;
+        let bytes = [1; LONG * AT_ONCE];
+        let long = Transmit {
+            segment_size: Some(LONG),
+            ..transmit(&bytes)
+        };
+        let mut train = Train::default();
+        assert!(!train.add(&long) && train.takes(&long));
+        assert!(train.add(&long) && !train.takes(&long));
     }
 
     #[test]
