@@ -104,11 +104,13 @@ impl Handshake {
         let Some(over) = self.shaking.take_if(|shaking| !shaking.is_handshaking()) else {
             return;
         };
-        if let Some(chain) = over.peer_certificates() {
-            let chain = chain.iter().map(|one| one.clone().into_owned());
-            *self.peer.get_mut().unwrap_or_else(PoisonError::into_inner) = chain.collect();
-        }
+        *self.peer.get_mut().unwrap_or_else(PoisonError::into_inner) = chain_of(&over);
     }
+}
+
+fn chain_of(shaking: &ServerConnection) -> Vec<CertificateDer<'static>> {
+    let chain = shaking.peer_certificates().unwrap_or_default();
+    chain.iter().map(|one| one.clone().into_owned()).collect()
 }
 
 fn violation(reason: String) -> TransportError {
@@ -132,10 +134,9 @@ impl Session for Handshake {
     }
 
     fn peer_identity(&self) -> Option<Box<dyn Any>> {
-        let mut peer = self.peer.lock().unwrap_or_else(PoisonError::into_inner);
-        let chain = match self.shaking.as_ref().and_then(|s| s.peer_certificates()) {
-            Some(chain) => chain.iter().map(|one| one.clone().into_owned()).collect(),
-            None => mem::take(&mut *peer),
+        let chain = match &self.shaking {
+            Some(shaking) => chain_of(shaking),
+            None => mem::take(&mut *self.peer.lock().unwrap_or_else(PoisonError::into_inner)),
         };
         Some(Box::new(chain))
     }
