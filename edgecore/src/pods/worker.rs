@@ -791,3 +791,5 @@ mod device;
 mod storage;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod trouble;
