@@ -204,7 +204,7 @@ async fn ask(
     let broke = |e: hyper::Error| NoAnswer::Broke(node.clone(), e.into());
     let (mut sender, connection) = http1::Builder::new()
         // What is held of an answer on its way; a head is smaller.
-        .max_buf_size(BUFFER / 2)
+        .max_buf_size(BUFFER / 4)
         .handshake(TokioIo::new(stream))
         .await
         .map_err(broke)?;

@@ -16,6 +16,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use prost::Message;
+use quinn_proto::Incoming;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
@@ -24,6 +25,7 @@ use tokio_rustls::LazyConfigAcceptor;
 use tokio_util::sync::CancellationToken;
 
 use super::proto::{JoinAnswer, JoinRequest};
+use super::quic::QuicLink;
 use super::tls::{ALPN_HUB, ALPN_JOIN, ServerTls};
 use super::transport::{Connection, LinkConfig, TransportError};
 use super::ws::socket::Socket;
@@ -104,15 +106,17 @@ pub struct Listener {
     address: SocketAddr,
 }
 
-/// Runs until shutdown; then handshakes under way are dropped, sessions live on.
+/// Runs until shutdown, or until its socket cannot be read any more; then handshakes under way are
+/// dropped, sessions live on.
 pub struct ListenTask {
     tcp: TcpListener,
+    strangers: quic::Strangers,
     shared: Arc<Shared>,
     accepted: mpsc::Sender<Accepted>,
 }
 
 struct Shared {
-    endpoint: quinn::Endpoint,
+    endpoint: Arc<quic::Endpoint>,
     tls: RwLock<ServerTls>,
     link: LinkConfig,
     limits: Limits,
@@ -126,7 +130,7 @@ pub async fn bind(
 ) -> Result<(Listener, ListenTask), ListenError> {
     let (tcp, udp, address) = bind_pair(config.address).await?;
     let server = quic::server_config(tls.hub.clone(), &config.link).map_err(ListenError::Tls)?;
-    let endpoint =
+    let (endpoint, strangers) =
         quic::listen(udp, &config.reset_key, server).map_err(bind_error(address, "QUIC"))?;
     let gate = Gate::new(config.limits.handshakes, config.limits.per_source);
     let shared = Arc::new(Shared {
@@ -144,6 +148,7 @@ pub async fn bind(
     };
     let task = ListenTask {
         tcp,
+        strangers,
         shared,
         accepted: sender,
     };
@@ -206,7 +211,7 @@ impl Listener {
     /// process ends.
     pub async fn drain(&self, limit: Duration) {
         // Whoever has not acknowledged by then learns it from silence.
-        drop(tokio::time::timeout(limit, self.shared.endpoint.wait_idle()).await);
+        drop(tokio::time::timeout(limit, self.shared.endpoint.idle()).await);
     }
 
     /// How many were turned away, by reason.
@@ -216,7 +221,7 @@ impl Listener {
 }
 
 impl ListenTask {
-    pub async fn run(self, shutdown: CancellationToken) {
+    pub async fn run(mut self, shutdown: CancellationToken) {
         let mut handshakes = JoinSet::new();
         loop {
             tokio::select! {
@@ -224,10 +229,13 @@ impl ListenTask {
                 () = shutdown.cancelled() => break,
                 // Reaps what has ended; a panic inside ends that handshake alone.
                 Some(_) = handshakes.join_next() => {}
-                Some(incoming) = self.shared.endpoint.accept() => {
-                    if let Some((connecting, pass)) = self.shared.admit_quic(incoming) {
-                        let door = self.door();
-                        handshakes.spawn(door.quic(connecting, pass));
+                stranger = self.strangers.recv() => {
+                    let Some(stranger) = stranger else {
+                        tracing::error!("the UDP socket is not read any more");
+                        break;
+                    };
+                    if let Some((link, pass)) = self.shared.admit_quic(stranger) {
+                        handshakes.spawn(self.door().quic(link, pass));
                     }
                 }
                 tcp = self.tcp.accept() => match tcp {
@@ -246,6 +254,10 @@ impl ListenTask {
         }
         // New QUIC connections are refused; the endpoint serves those that exist.
         self.shared.endpoint.set_server_config(None);
+        self.strangers.close();
+        while let Ok(stranger) = self.strangers.try_recv() {
+            self.shared.endpoint.refuse(stranger);
+        }
     }
 
     fn door(&self) -> Door {
@@ -261,20 +273,19 @@ impl Shared {
         self.gate.enter(remote.ip())
     }
 
-    fn admit_quic(&self, incoming: quinn::Incoming) -> Option<(quinn::Connecting, Pass)> {
-        let remote = incoming.remote_address();
+    fn admit_quic(&self, stranger: Incoming) -> Option<(QuicLink, Pass)> {
+        let remote = stranger.remote_address();
         // Addresses of UDP can be forged: when it gets crowded, each must answer once first.
-        if self.gate.is_crowded() && incoming.may_retry() && !incoming.remote_address_validated() {
-            // Fails only for an address that is validated.
-            drop(incoming.retry());
+        if self.gate.is_crowded() && stranger.may_retry() && !stranger.remote_address_validated() {
+            self.endpoint.retry(stranger);
             return None;
         }
         let Some(pass) = self.gate.enter(remote.ip()) else {
-            incoming.refuse();
+            self.endpoint.refuse(stranger);
             return None;
         };
-        match incoming.accept() {
-            Ok(connecting) => Some((connecting, pass)),
+        match self.endpoint.admit(stranger) {
+            Ok(link) => Some((link, pass)),
             Err(error) => {
                 self.gate.failed(remote, &error.into());
                 None
@@ -290,9 +301,9 @@ struct Door {
 }
 
 impl Door {
-    async fn quic(self, connecting: quinn::Connecting, pass: Pass) {
-        let remote = connecting.remote_address();
-        let shake = async { Ok(Accepted::Session(quic::accept(connecting).await?)) };
+    async fn quic(self, link: QuicLink, pass: Pass) {
+        let remote = link.remote_address();
+        let shake = async { Ok(Accepted::Session(quic::accept(link).await?)) };
         self.enter(remote, pass, Box::pin(shake)).await;
     }
 

@@ -1,33 +1,39 @@
-//! QUIC by quinn, tuned for thousands of idle devices that must not freeze one another.
+//! QUIC by quinn's protocol, tuned for thousands of idle devices that must not freeze one another.
+//!
+//! Owns the configuration and both ends of a handshake. What quinn-proto decides is driven here and
+//! not by quinn, for what a resting session costs and how bulk leaves: docs/decisions/0009-quic-driver.md.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use bytes::Bytes;
-use quinn::crypto::rustls::QuicClientConfig;
-use quinn::{AckFrequencyConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, Runtime, VarInt};
-use quinn_proto::HashedConnectionIdGenerator;
-use rustls_pki_types::CertificateDer;
-use socket2::SockRef;
+use quinn_proto::crypto::rustls::QuicClientConfig;
+use quinn_proto::{
+    AckFrequencyConfig, ClientConfig, ConnectionError, EndpointConfig, HashedConnectionIdGenerator,
+    IdleTimeout, MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt,
+};
 
 use super::mux::Side;
 use super::tls::ClientTls;
-use super::transport::{Class, Connection, Link, LinkConfig, Tally, TransportError};
+use super::transport::{Connection, Link, LinkConfig, Tally, TransportError};
 
+mod connection;
+mod endpoint;
 mod handshake;
 mod socket;
-mod train;
+mod stream;
 
+pub(super) use connection::QuicLink;
+pub(super) use endpoint::{Endpoint, Strangers};
 use handshake::Credentials;
-use socket::Sparing;
+pub(super) use stream::{RecvStream, SendStream};
 
 /// Bytes that peers who have not proved their address may make us keep: one first packet each.
 const INCOMING_BUFFER: u64 = 8 * 1024;
 const INCOMING_BUFFERS: u64 = 1024 * 1024;
 const MAX_INCOMING: usize = 512;
 
-/// Packets that may come before one answer to all: as many as quinn sends at once, and as a
-/// connection sends before it has heard anything.
+/// Packets that may come before one answer to all: as many as a connection sends before it has
+/// heard anything.
 const UNANSWERED: u32 = 9;
 
 /// How an endpoint answers datagrams of connections that it does not know: with a reset that only
@@ -46,29 +52,13 @@ fn listening_config(reset_key: &[u8; 32]) -> EndpointConfig {
     config
 }
 
-/// What may wait in the kernel until we read it: with its default of about a hundred packets a fast
-/// tunnel loses some whenever we are not scheduled for a moment. The kernel gives less where
-/// `net.core.rmem_max` says so, and takes memory only for what waits.
-const UNREAD: usize = 2 << 20;
-
-/// A socket that loses little; one that may not be enlarged only loses more.
-fn enlarge(socket: &std::net::UdpSocket) {
-    let options = SockRef::from(socket);
-    drop(options.set_recv_buffer_size(UNREAD));
-    drop(options.set_send_buffer_size(UNREAD));
-}
-
-/// The listener's endpoint on a bound socket.
+/// The listener's endpoint on a bound socket, and who knocks at it.
 pub(super) fn listen(
     socket: std::net::UdpSocket,
     reset_key: &[u8; 32],
-    server: quinn::ServerConfig,
-) -> std::io::Result<quinn::Endpoint> {
-    let runtime = Arc::new(quinn::TokioRuntime);
-    enlarge(&socket);
-    let socket = Sparing::of_many(runtime.wrap_udp_socket(socket)?);
-    let config = listening_config(reset_key);
-    quinn::Endpoint::new_with_abstract_socket(config, Some(server), Arc::new(socket), runtime)
+    server: ServerConfig,
+) -> std::io::Result<(Arc<Endpoint>, Strangers)> {
+    Endpoint::new(socket, listening_config(reset_key), Some(server))
 }
 
 /// Asks the peer to acknowledge seldom while much comes: an answer to each two packets costs all on
@@ -80,7 +70,7 @@ fn seldom() -> AckFrequencyConfig {
     config
 }
 
-fn transport(config: &LinkConfig, side: Side) -> Arc<quinn::TransportConfig> {
+fn transport(config: &LinkConfig, side: Side) -> Arc<TransportConfig> {
     let (ours, theirs) = config.streams(side);
     let both = u64::from(ours) + u64::from(theirs);
     // With less, stalled streams use up the connection's window and freeze the rest. A quarter more,
@@ -96,7 +86,7 @@ fn transport(config: &LinkConfig, side: Side) -> Arc<quinn::TransportConfig> {
         Side::Listener => config.dead_after,
     };
     let idle = IdleTimeout::try_from(silence).unwrap_or(VarInt::from_u32(45_000).into());
-    let mut t = quinn::TransportConfig::default();
+    let mut t = TransportConfig::default();
     t.max_concurrent_bidi_streams(u32::from(theirs).into())
         .max_concurrent_uni_streams(match side {
             // The listener's one word that the handshake is complete.
@@ -125,8 +115,8 @@ fn transport(config: &LinkConfig, side: Side) -> Arc<quinn::TransportConfig> {
 pub(super) fn server_config(
     tls: Arc<rustls::ServerConfig>,
     config: &LinkConfig,
-) -> Result<quinn::ServerConfig, TransportError> {
-    let mut server = quinn::ServerConfig::with_crypto(Arc::new(Credentials::new(tls)?));
+) -> Result<ServerConfig, TransportError> {
+    let mut server = ServerConfig::with_crypto(Arc::new(Credentials::new(tls)?));
     server
         .transport_config(transport(config, Side::Listener))
         .migration(true)
@@ -150,100 +140,32 @@ pub(super) async fn dial(
         SocketAddr::V6(_) => ([0u16; 8], 0).into(),
     };
     let socket = std::net::UdpSocket::bind(any).map_err(TransportError::unusable)?;
-    enlarge(&socket);
-    let runtime = Arc::new(quinn::TokioRuntime);
-    let socket = runtime
-        .wrap_udp_socket(socket)
-        .map_err(TransportError::unusable)?;
-    let socket = Arc::new(Sparing::of_one(socket));
-    let of_endpoint = EndpointConfig::default();
-    let endpoint = quinn::Endpoint::new_with_abstract_socket(of_endpoint, None, socket, runtime)
-        .map_err(TransportError::unusable)?;
+    let (endpoint, _nobody) =
+        Endpoint::new(socket, EndpointConfig::default(), None).map_err(TransportError::unusable)?;
     let crypto =
         QuicClientConfig::try_from(tls.config.clone()).map_err(TransportError::unusable)?;
-    let mut client = quinn::ClientConfig::new(Arc::new(crypto));
+    let mut client = ClientConfig::new(Arc::new(crypto));
     client.transport_config(transport(config, Side::Dialler));
-    let name = tls.name.to_str();
-    let connecting = endpoint
-        .connect_with(client, address, &name)
+    let link = endpoint
+        .connect(client, address, &tls.name.to_str())
         .map_err(TransportError::unusable)?;
-    let untrusted = |e: quinn::ConnectionError| match tls.verdict() {
+    let untrusted = |e: ConnectionError| match tls.verdict() {
         Some(verdict) => TransportError::Trust(verdict),
         None => e.into(),
     };
-    let connection = connecting.await.map_err(untrusted)?;
-    connection.accept_uni().await.map_err(untrusted)?;
-    Ok(wrap(connection))
+    link.established().await.map_err(untrusted)?;
+    link.hear_word().await.map_err(untrusted)?;
+    Ok(wrap(link))
 }
 
 /// Completes a handshake that a listener let in.
-pub(super) async fn accept(connecting: quinn::Connecting) -> Result<Connection, TransportError> {
-    let connection = connecting.await?;
-    let mut word = connection.open_uni().await?;
-    // Fails only for a stream that has ended already.
-    drop(word.finish());
-    Ok(wrap(connection))
+pub(super) async fn accept(link: QuicLink) -> Result<Connection, TransportError> {
+    link.established().await?;
+    link.say_word().await?;
+    Ok(wrap(link))
 }
 
-fn wrap(connection: quinn::Connection) -> Connection {
-    let peer = connection
-        .peer_identity()
-        .and_then(|any| any.downcast::<Vec<CertificateDer<'static>>>().ok())
-        .map(|chain| *chain)
-        .unwrap_or_default();
-    let link = Link::Quic(QuicLink { connection });
-    Connection::new(link, peer, Arc::new(Tally::default()))
-}
-
-/// quinn sends higher numbers first and treats equal ones alike.
-pub(super) fn prioritise(send: &quinn::SendStream, class: Class) {
-    let priority = match class {
-        Class::Control => 3,
-        Class::Status => 2,
-        Class::Interactive => 1,
-        Class::Bulk => 0,
-    };
-    // Fails only for a stream that has ended already.
-    drop(send.set_priority(priority));
-}
-
-#[derive(Clone)]
-pub(super) struct QuicLink {
-    connection: quinn::Connection,
-}
-
-impl QuicLink {
-    pub(super) async fn open(
-        &self,
-        class: Class,
-    ) -> Result<(quinn::SendStream, quinn::RecvStream), TransportError> {
-        let (send, recv) = self.connection.open_bi().await?;
-        prioritise(&send, class);
-        Ok((send, recv))
-    }
-
-    pub(super) async fn accept(
-        &self,
-    ) -> Result<(quinn::SendStream, quinn::RecvStream), TransportError> {
-        Ok(self.connection.accept_bi().await?)
-    }
-
-    pub(super) fn close(&self, code: u32, reason: &str) {
-        let bytes = Bytes::copy_from_slice(reason.as_bytes());
-        self.connection
-            .close(code.into(), &bytes[..bytes.len().min(256)]);
-    }
-
-    pub(super) async fn closed(&self) -> TransportError {
-        self.connection.closed().await.into()
-    }
-
-    pub(super) fn remote_address(&self) -> SocketAddr {
-        self.connection.remote_address()
-    }
-
-    #[cfg(test)]
-    pub(super) fn change_keys(&self) {
-        self.connection.force_key_update();
-    }
+fn wrap(link: QuicLink) -> Connection {
+    let peer = link.peer();
+    Connection::new(Link::Quic(link), peer, Arc::new(Tally::default()))
 }

@@ -5,7 +5,7 @@
 //! a trait object, because there are two and both are ours.
 //!
 //! ```text
-//! session ── Connection ──┬── quic  (quinn; its streams, its flow control)
+//! session ── Connection ──┬── quic  (quinn's protocol, its streams, its flow control)
 //!                         └── ws    (TLS, WebSocket, and our mux)
 //! stream  = u16 length, StreamHead, then bytes; over QUIC one byte of class in front
 //! message = u32 length, bytes
@@ -13,7 +13,6 @@
 
 use std::future::poll_fn;
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -38,6 +37,7 @@ mod error;
 pub(super) use counters::Tally;
 pub use counters::{Counters, Direction, Volume};
 pub use duplex::Duplex;
+pub(super) use error::code;
 pub use error::{Refusal, TransportError};
 
 /// Strict priority: nothing of a lower class is sent while a higher one has something to send.
@@ -148,7 +148,7 @@ impl Default for LinkConfig {
             dead_after: Duration::from_secs(45),
             cloud_streams: 72,
             device_streams: 8,
-            cloud_window: 64 * 1024,
+            cloud_window: 96 * 1024,
             device_window: 128 * 1024,
             mtu_discovery: false,
         }
@@ -322,6 +322,11 @@ impl Connection {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn link(&self) -> &Link {
+        &self.link
+    }
+
     pub fn kind(&self) -> TransportKind {
         match &self.link {
             Link::Quic(_) => TransportKind::Quic,
@@ -387,12 +392,12 @@ async fn read_head(
 }
 
 enum RawSend {
-    Quic(quinn::SendStream),
+    Quic(quic::SendStream),
     WebSocket(ws::WsSend),
 }
 
 enum RawRecv {
-    Quic(quinn::RecvStream),
+    Quic(quic::RecvStream),
     WebSocket(ws::WsRecv),
 }
 
@@ -410,7 +415,7 @@ impl SendStream {
     pub async fn write_all(&mut self, bytes: Bytes) -> Result<(), TransportError> {
         self.tally.count(Direction::Sent, self.class, bytes.len());
         match &mut self.raw {
-            RawSend::Quic(send) => send.write_chunk(bytes).await.map_err(TransportError::from),
+            RawSend::Quic(send) => send.write_all(bytes).await,
             RawSend::WebSocket(send) => send.write_all(bytes).await,
         }
     }
@@ -431,8 +436,7 @@ impl SendStream {
     pub fn finish(&mut self) {
         self.ended = true;
         match &mut self.raw {
-            // Fails only for a stream that has ended already.
-            RawSend::Quic(send) => drop(send.finish()),
+            RawSend::Quic(send) => send.finish(),
             RawSend::WebSocket(send) => send.finish(),
         }
     }
@@ -441,7 +445,7 @@ impl SendStream {
     pub fn reset(&mut self, code: u32) {
         self.ended = true;
         match &mut self.raw {
-            RawSend::Quic(send) => drop(send.reset(code.into())),
+            RawSend::Quic(send) => send.reset(code),
             RawSend::WebSocket(send) => send.reset(code),
         }
     }
@@ -450,7 +454,7 @@ impl SendStream {
     pub fn classify(&mut self, class: Class) {
         self.class = class;
         match &mut self.raw {
-            RawSend::Quic(send) => quic::prioritise(send, class),
+            RawSend::Quic(send) => send.prioritise(class),
             RawSend::WebSocket(send) => send.classify(class),
         }
     }
@@ -462,9 +466,7 @@ impl SendStream {
         bytes: &[u8],
     ) -> Poll<Result<usize, TransportError>> {
         let written = match &mut self.raw {
-            RawSend::Quic(send) => Pin::new(send)
-                .poll_write(cx, bytes)
-                .map_err(TransportError::from),
+            RawSend::Quic(send) => send.poll_write(cx, bytes),
             RawSend::WebSocket(send) => send.poll_write(cx, bytes),
         };
         if let Poll::Ready(Ok(length)) = written {
@@ -516,9 +518,7 @@ impl RecvStream {
         max: usize,
     ) -> Poll<Result<Option<Bytes>, TransportError>> {
         let bytes = match &mut self.raw {
-            // Cancel-safe: nothing is lost with the future.
-            RawRecv::Quic(recv) => ready!(std::pin::pin!(recv.read_chunk(max, true)).poll(cx))?
-                .map(|chunk| chunk.bytes),
+            RawRecv::Quic(recv) => ready!(recv.poll_read(cx, max))?,
             RawRecv::WebSocket(recv) => ready!(recv.poll_read(cx, max))?,
         };
         if let Some(bytes) = &bytes {
@@ -604,8 +604,7 @@ impl RecvStream {
     /// Nothing more is wanted; the writer sees the code.
     pub fn stop(&mut self, code: u32) {
         match &mut self.raw {
-            // Fails only for a stream that has ended already.
-            RawRecv::Quic(recv) => drop(recv.stop(code.into())),
+            RawRecv::Quic(recv) => recv.stop(code),
             RawRecv::WebSocket(recv) => recv.stop(code),
         }
     }

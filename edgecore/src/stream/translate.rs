@@ -145,16 +145,16 @@ impl Translation {
     }
 
     pub(super) fn join<I>(self, asker: I) -> Translated<I> {
-        let (mut there, mut back) = (BytesMut::new(), BytesMut::new());
+        let mut there = BytesMut::new();
         if let Dialect::Command(command) = &self.dialect {
-            command.begin(&mut there, &mut back);
+            command.begin(&mut there);
         }
         Translated {
             io: asker,
             dialect: self.dialect,
             frames: websocket::Decoder::default(),
             there,
-            back,
+            back: BytesMut::new(),
             left: false,
             said_goodbye: false,
             reader: None,
@@ -202,14 +202,22 @@ impl Command {
         }
     }
 
-    /// Opens the streams; tells the asker, by nothing on its first stream, that they are there.
-    fn begin(&self, there: &mut BytesMut, back: &mut BytesMut) {
+    /// Opens the streams.
+    fn begin(&self, there: &mut BytesMut) {
         for (channel, name) in STREAMS {
             if let Some(number) = self.stream(channel) {
                 spdy::open(there, number, number == 1, ("streamtype", name));
             }
         }
-        if let Some(channel) = HEARD.iter().find(|c| self.stream(**c).is_some()) {
+    }
+
+    /// One stream more is there; tells the asker, by nothing on its first stream, when all are. Not
+    /// before: a client that has just been answered may not know its own streams yet.
+    fn replied(&mut self, back: &mut BytesMut) {
+        let last = self.awaited == 1;
+        self.awaited = self.awaited.saturating_sub(1);
+        let first = HEARD.iter().find(|c| self.stream(**c).is_some());
+        if let Some(channel) = first.filter(|_| last) {
             websocket::message(back, &[*channel], &[]);
         }
     }
@@ -261,7 +269,7 @@ impl Command {
                         websocket::message(back, &[*channel], bytes);
                     }
                 }
-                spdy::Event::Replied => self.awaited = self.awaited.saturating_sub(1),
+                spdy::Event::Replied => self.replied(back),
                 spdy::Event::Reset(stream) => {
                     for channel in [STDIN, RESIZE] {
                         let place = &mut self.streams[usize::from(channel)];
@@ -358,7 +366,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin> AsyncRead for Translated<I> {
                 return Poll::Ready(Ok(()));
             }
             this.reader = Some(cx.waker().clone());
-            // A greeting, an answer to a ping: what waits is else written with what follows.
+            // An answer to a ping: what waits is else written with what follows.
             if let Poll::Ready(Err(error)) = this.poll_out(cx) {
                 return Poll::Ready(Err(error));
             }

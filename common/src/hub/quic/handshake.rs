@@ -14,7 +14,7 @@ use std::any::Any;
 use std::mem;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use quinn::crypto::rustls::QuicServerConfig;
+use quinn_proto::crypto::rustls::QuicServerConfig;
 use quinn_proto::crypto::{
     ExportKeyingMaterialError, HeaderKey, KeyPair, Keys, PacketKey, ServerConfig, Session,
     UnsupportedVersion,

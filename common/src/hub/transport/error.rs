@@ -120,7 +120,8 @@ impl From<StreamEnd> for TransportError {
     }
 }
 
-fn code(n: quinn::VarInt) -> u32 {
+/// The code of an end over QUIC; ours are small.
+pub(in crate::hub) fn code(n: quinn_proto::VarInt) -> u32 {
     u32::try_from(n.into_inner()).unwrap_or(u32::MAX)
 }
 
@@ -129,9 +130,9 @@ fn alert(n: u64) -> Option<u8> {
     (0x100..0x200).contains(&n).then_some((n & 0xff) as u8)
 }
 
-impl From<quinn::ConnectionError> for TransportError {
-    fn from(error: quinn::ConnectionError) -> Self {
-        use quinn::ConnectionError as E;
+impl From<quinn_proto::ConnectionError> for TransportError {
+    fn from(error: quinn_proto::ConnectionError) -> Self {
+        use quinn_proto::ConnectionError as E;
         match error {
             E::ConnectionClosed(close) => match alert(close.error_code.into()) {
                 Some(alert) => TransportError::Refused(Refusal::from_alert(alert)),
@@ -147,30 +148,6 @@ impl From<quinn::ConnectionError> for TransportError {
             E::TimedOut => TransportError::Timeout("the link is silent"),
             E::LocallyClosed => TransportError::ClosedHere,
             other @ (E::VersionMismatch | E::TransportError(_) | E::Reset | E::CidsExhausted) => {
-                Self::unusable(other)
-            }
-        }
-    }
-}
-
-impl From<quinn::WriteError> for TransportError {
-    fn from(error: quinn::WriteError) -> Self {
-        match error {
-            quinn::WriteError::Stopped(n) => TransportError::Stopped { code: code(n) },
-            quinn::WriteError::ConnectionLost(e) => e.into(),
-            quinn::WriteError::ClosedStream => StreamEnd::Gone.into(),
-            other @ quinn::WriteError::ZeroRttRejected => Self::unusable(other),
-        }
-    }
-}
-
-impl From<quinn::ReadError> for TransportError {
-    fn from(error: quinn::ReadError) -> Self {
-        match error {
-            quinn::ReadError::Reset(n) => TransportError::Reset { code: code(n) },
-            quinn::ReadError::ConnectionLost(e) => e.into(),
-            quinn::ReadError::ClosedStream => StreamEnd::Gone.into(),
-            other @ (quinn::ReadError::IllegalOrderedRead | quinn::ReadError::ZeroRttRejected) => {
                 Self::unusable(other)
             }
         }

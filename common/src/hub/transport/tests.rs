@@ -431,3 +431,30 @@ async fn streams_that_have_ended_leave_nothing_in_the_connection() {
     }
     drop(done);
 }
+
+#[tokio::test]
+async fn a_stream_that_its_reader_stopped_gives_its_place_back_when_it_is_finished() {
+    for kind in BOTH {
+        let mut cloud = Cloud::start().await;
+        let (edge, served) = cloud.pair(kind).await;
+        // More than may be open at once.
+        for round in 0..cloud.link.cloud_streams + 8 {
+            let opened = timeout(SOON, served.open(Class::Bulk, &head(1))).await;
+            let (mut send, mut recv) = opened
+                .unwrap_or_else(|_| panic!("{kind}: no place for stream {round}"))
+                .expect("open");
+            let mut incoming = edge.accept().await.expect("accept");
+            incoming.send.finish();
+            drop(incoming);
+            assert!(read_all(&mut recv).await.expect("the end").is_empty());
+            // That the reader is gone comes with the end, or right behind it.
+            let stopped = async {
+                while send.write_all(Bytes::from_static(b"more")).await.is_ok() {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            };
+            timeout(SOON, stopped).await.expect("stopped");
+            send.finish();
+        }
+    }
+}
