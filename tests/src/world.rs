@@ -51,7 +51,7 @@ impl World {
         self.peace.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Held by a test that stops parts of the cloud: no other test runs meanwhile.
+    /// Held by a test that stops parts of the cloud, or measures them: no other test runs meanwhile.
     pub fn alone(&self) -> RwLockWriteGuard<'_, ()> {
         self.peace.write().unwrap_or_else(PoisonError::into_inner)
     }

@@ -28,6 +28,9 @@ use halves::{RecvHalf, RecvState, SendHalf, SendState};
 /// What each stream may receive before its reader takes anything: part of the protocol, since the
 /// opener writes before it hears from the peer.
 pub const INITIAL_WINDOW: u32 = 64 * 1024;
+/// What a stream may receive beyond its reader in the cloud once that took as much as the first
+/// window: more is under way where it is read. A device keeps to the first.
+pub const GROWN_WINDOW: u32 = 96 * 1024;
 /// The code of a stream that was refused because too many are open.
 pub const CODE_TOO_MANY_STREAMS: u32 = 1;
 /// Answers to a flood of opens that wait for the pipe: more means that the peer does not read.
@@ -175,7 +178,7 @@ impl Mux {
         let id = self.next_local;
         self.next_local += 2;
         self.local_open += 1;
-        self.streams.insert(id, Box::new(Stream::new(class)));
+        self.insert(id, class);
         self.control.push_back(Frame::Open { stream: id, class });
         Some(id)
     }
@@ -209,6 +212,11 @@ impl Mux {
             self.ready[class.index()].push_back(id);
         }
         stream.class = class;
+    }
+
+    /// How much a write would take now.
+    pub fn room(&self, id: u32) -> usize {
+        self.streams.get(&id).map_or(0, |stream| stream.send.room())
     }
 
     /// No more bytes follow; what was written is still sent.
@@ -342,7 +350,7 @@ impl Mux {
             return Ok(());
         }
         self.remote_open += 1;
-        self.streams.insert(id, Box::new(Stream::new(class)));
+        self.insert(id, class);
         self.incoming.push_back(id);
         self.events.push_back(Event::Incoming);
         Ok(())
@@ -473,6 +481,14 @@ impl Mux {
 
     // ---- The table -------------------------------------------------------------------------
 
+    fn insert(&mut self, id: u32, class: Class) {
+        let most = match self.side {
+            Side::Dialler => INITIAL_WINDOW,
+            Side::Listener => GROWN_WINDOW,
+        };
+        self.streams.insert(id, Box::new(Stream::new(class, most)));
+    }
+
     fn schedule(&mut self, id: u32) {
         if let Some(stream) = self.streams.get_mut(&id)
             && !stream.scheduled
@@ -521,11 +537,11 @@ impl Mux {
 }
 
 impl Stream {
-    fn new(class: Class) -> Self {
+    fn new(class: Class, most: u32) -> Self {
         Self {
             class,
             send: SendHalf::new(INITIAL_WINDOW),
-            recv: RecvHalf::new(INITIAL_WINDOW),
+            recv: RecvHalf::new(INITIAL_WINDOW, most),
             scheduled: false,
             window_due: false,
         }

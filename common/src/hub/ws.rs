@@ -41,7 +41,7 @@ type Wire = WebSocketStream<TlsStream<Socket>>;
 
 /// What is handed to TLS, and so to the kernel, at once at most. A connection that was busy keeps a
 /// buffer of this.
-const TOGETHER: usize = 32 * 1024;
+const TOGETHER: usize = 64 * 1024;
 
 /// The library's defaults cost 128 KiB a connection; frames are bounded before allocation. A resting
 /// connection keeps its read buffer; what is longer is read into a buffer of its own length.
@@ -204,9 +204,6 @@ struct State {
     /// The peer answered a ping since the driver looked.
     ponged: bool,
 }
-
-/// What a writer hands over at a time where its bytes have to be copied.
-const PIECE: usize = 16 * 1024;
 
 const READER: usize = 0;
 const WRITER: usize = 1;
@@ -423,11 +420,13 @@ impl WsSend {
         bytes: &[u8],
     ) -> Poll<Result<usize, TransportError>> {
         let (id, core) = (self.id, &self.handle.core);
-        let offered = &bytes[..bytes.len().min(PIECE)];
         core.call(|state| {
             if let Some(end) = &state.ended {
                 return Poll::Ready(Err(end.clone()));
             }
+            // Only what is taken is copied: a piece holds all that was copied with it. A byte that
+            // is not taken asks to be told when there is room.
+            let offered = &bytes[..bytes.len().min(state.mux.room(id).max(1))];
             let mut left = Bytes::copy_from_slice(offered);
             if let Err(end) = state.mux.write(id, &mut left) {
                 return Poll::Ready(Err(end.into()));

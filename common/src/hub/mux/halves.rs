@@ -51,19 +51,24 @@ impl SendHalf {
             SendState::Finishing => return Err(StreamEnd::Gone),
             SendState::Done(end) => return Err(end),
         }
-        if self.has_room() {
-            let piece = bytes.split_to(bytes.len().min(SEND_BUFFER - self.queued));
-            if !piece.is_empty() {
-                self.queued += piece.len();
-                self.queue.push_back(piece);
-            }
+        let piece = bytes.split_to(bytes.len().min(self.room()));
+        if !piece.is_empty() {
+            self.queued += piece.len();
+            self.queue.push_back(piece);
         }
         self.blocked = !bytes.is_empty();
         Ok(())
     }
 
+    pub(super) fn room(&self) -> usize {
+        match self.queue.len() < SEND_PIECES {
+            true => SEND_BUFFER.saturating_sub(self.queued),
+            false => 0,
+        }
+    }
+
     pub(super) fn has_room(&self) -> bool {
-        self.queued < SEND_BUFFER && self.queue.len() < SEND_PIECES
+        self.room() > 0
     }
 
     /// Whether there is something to say as a result.
@@ -177,24 +182,30 @@ impl Arrived {
 pub(super) struct RecvHalf {
     state: RecvState,
     arrived: Arrived,
+    /// What may come beyond the reader: the first, and the most once that was read.
     window: u32,
+    most: u32,
     /// What the peer may send still.
     credit: u32,
     /// Read since the last grant.
     taken: u32,
+    /// Read and granted while the window is the first.
+    granted: u32,
     /// A reader waits.
     blocked: bool,
     pub(super) released: bool,
 }
 
 impl RecvHalf {
-    pub(super) fn new(window: u32) -> Self {
+    pub(super) fn new(window: u32, most: u32) -> Self {
         Self {
             state: RecvState::Open,
             arrived: Arrived::default(),
             window,
+            most,
             credit: window,
             taken: 0,
+            granted: 0,
             blocked: false,
             released: false,
         }
@@ -257,7 +268,14 @@ impl RecvHalf {
         if self.state != RecvState::Open || self.taken == 0 {
             return None;
         }
-        let credit = std::mem::take(&mut self.taken);
+        let mut credit = std::mem::take(&mut self.taken);
+        if self.window < self.most {
+            self.granted += credit;
+            if self.granted >= self.window {
+                credit += self.most - self.window;
+                self.window = self.most;
+            }
+        }
         self.credit += credit;
         Some(credit)
     }

@@ -127,6 +127,29 @@ fn a_reader_that_takes_nothing_stops_its_writer_and_no_other() {
 }
 
 #[test]
+fn a_window_grows_in_the_cloud_once_its_reader_took_the_first() {
+    let (first, most) = (INITIAL_WINDOW as usize, GROWN_WINDOW as usize);
+    for (from_device, windows) in [(true, [first, most, most]), (false, [first, first, first])] {
+        let mut p = pair();
+        let opener = if from_device { &mut p.a } else { &mut p.b };
+        let id = opener.open(Class::Bulk).expect("a place");
+        for window in windows {
+            loop {
+                let writer = if from_device { &mut p.a } else { &mut p.b };
+                let took = write(writer, id, 100_000);
+                p.pump();
+                if took == 0 {
+                    break;
+                }
+            }
+            let reader = if from_device { &mut p.b } else { &mut p.a };
+            assert_eq!(read(reader, id), window, "from the device: {from_device}");
+            p.pump();
+        }
+    }
+}
+
+#[test]
 fn what_is_urgent_goes_first_and_equals_take_turns() {
     let Pair { mut a, .. } = pair();
     let bulk = [

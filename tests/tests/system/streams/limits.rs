@@ -30,7 +30,8 @@ fn readers_that_stand_still_delay_nobody_over_websocket() -> Result<()> {
 
 fn stands_still(name: &str, transport: Transport) -> Result<()> {
     let world = world()?;
-    let _peace = world.in_peace();
+    // What others do meanwhile would count as held.
+    let _alone = world.alone();
     let (edge, quick) = own_edge(name, transport)?;
     let chatty = format!("{name}-chatty");
     let script = format!("seq 1 {LINES} | awk '{{ printf \"%060d\\n\", $1 }}'; sleep 86400");
