@@ -361,14 +361,15 @@ impl Shared {
         }
         desk.waited = false;
         loop {
-            let mut state = self.lock();
-            let now = now();
-            if state.proto.poll_timeout().is_some_and(|at| at <= now) {
-                state.proto.handle_timeout(now);
-            }
-            drop(state);
+            // First, as the protocol has it: after a change of address a timer of the way before may
+            // be due, and would find nothing under way on the new one.
             let sent = self.send(cx, desk);
             let mut state = self.lock();
+            let now = now();
+            let due = state.proto.poll_timeout().is_some_and(|at| at <= now);
+            if due {
+                state.proto.handle_timeout(now);
+            }
             let answered = self.endpoint.hear(self.handle, &mut state.proto);
             let told = state.tell();
             let next = state.proto.poll_timeout();
@@ -382,7 +383,7 @@ impl Shared {
             }
             match sent {
                 Sent::Turn => cx.waker().wake_by_ref(),
-                Sent::All if answered => continue,
+                Sent::All if answered || due => continue,
                 Sent::All | Sent::Full => {}
             }
             self.set_alarm(cx, desk, next);
