@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::dial::{DialOptions, Preference, Target, dial};
 use super::listen::{Accepted, Limits, ListenConfig, Listener, bind};
-use super::tls::{ClientIdentity, Clock, ServerTls, Trust};
+use super::tls::{ClientIdentity, ClientTls, Clock, ServerTls, Trust};
 use super::transport::{Connection, LinkConfig, TransportKind};
 use crate::ids::NodeName;
 use crate::pki::token::Endpoint;
@@ -46,6 +46,13 @@ pub(super) fn server_tls(ca: &Ca) -> ServerTls {
         .issue_server(&cluster(), now_for(HOUR), &[])
         .expect("server");
     ServerTls::new(&credentials, &[ca.certificate().clone()]).expect("configuration")
+}
+
+/// What a device shows and believes.
+pub(super) fn client_tls(ca: &Ca, device: ClientIdentity) -> ClientTls {
+    let trust = Trust::Roots(vec![ca.certificate().clone()]);
+    let clock = Clock::Synchronised(UnixTime::now());
+    ClientTls::new(trust, &cluster(), clock, Some(device)).expect("configuration")
 }
 
 impl Cloud {

@@ -233,24 +233,24 @@ impl State {
         self.writers.wake_all();
     }
 
-    /// Wakes who waits for what happened.
-    fn tell(&mut self) -> Told {
-        let mut told = Told::default();
+    /// Wakes who waits for what happened; true when readers did.
+    fn tell(&mut self, of_connection: &Notify) -> bool {
+        let (mut news, mut readers) = (false, false);
         while let Some(event) = self.proto.poll() {
             match event {
                 Event::Connected => {
                     self.established = true;
-                    told.news = true;
+                    news = true;
                 }
                 Event::ConnectionLost { reason } => {
                     self.end(reason);
-                    told.news = true;
+                    news = true;
                 }
                 Event::Stream(StreamEvent::Opened { .. } | StreamEvent::Available { .. }) => {
-                    told.news = true;
+                    news = true;
                 }
                 Event::Stream(StreamEvent::Readable { id }) => {
-                    told.readers |= self.readers.wake(id);
+                    readers |= self.readers.wake(id);
                 }
                 Event::Stream(StreamEvent::Writable { id } | StreamEvent::Stopped { id, .. }) => {
                     self.writers.wake(id);
@@ -261,17 +261,11 @@ impl State {
                 | Event::DatagramsUnblocked => {}
             }
         }
-        told
+        if news {
+            of_connection.notify_waiters();
+        }
+        readers
     }
-}
-
-/// Who was told of what happened.
-#[derive(Default)]
-struct Told {
-    /// There are news of the connection, for who waits for these.
-    news: bool,
-    /// Readers were woken.
-    readers: bool,
 }
 
 /// What a connection's task keeps between its turns.
@@ -283,8 +277,21 @@ struct Desk<'a> {
     waited: bool,
 }
 
+impl Desk<'_> {
+    fn set_alarm(&mut self, cx: &mut Context<'_>, next: Option<Instant>) {
+        use tokio::time::Instant;
+        let next = next.map_or_else(|| Instant::now() + NEVER, Instant::from_std);
+        // One that is set for earlier stays: most are moved on before they are due.
+        if next < self.alarm.deadline() || self.alarm.is_elapsed() {
+            self.alarm.as_mut().reset(next);
+        }
+        if self.alarm.as_mut().poll(cx).is_ready() {
+            cx.waker().wake_by_ref();
+        }
+    }
+}
+
 /// How far sending went.
-#[derive(PartialEq, Eq)]
 enum Sent {
     All,
     /// There is no room.
@@ -295,19 +302,12 @@ enum Sent {
 
 /// A connection's task: until its last words are said and nobody asks any more.
 async fn drive(end: End) {
-    let mut alarm = pin!(tokio::time::sleep(NEVER));
-    let (mut held, mut waited) = (None, false);
-    std::future::poll_fn(|cx| {
-        let mut desk = Desk {
-            alarm: alarm.as_mut(),
-            held: held.take(),
-            waited,
-        };
-        let polled = end.0.poll(cx, &mut desk);
-        (held, waited) = (desk.held, desk.waited);
-        polled
-    })
-    .await;
+    let mut desk = Desk {
+        alarm: pin!(tokio::time::sleep(NEVER)),
+        held: None,
+        waited: false,
+    };
+    std::future::poll_fn(|cx| end.0.poll(cx, &mut desk)).await;
 }
 
 /// Tells of the task's end, also when it panicked or the runtime ends.
@@ -371,13 +371,10 @@ impl Shared {
                 state.proto.handle_timeout(now);
             }
             let answered = self.endpoint.hear(self.handle, &mut state.proto);
-            let told = state.tell();
+            state.tell(&self.news);
             let next = state.proto.poll_timeout();
             let over = state.proto.is_drained();
             drop(state);
-            if told.news {
-                self.news.notify_waiters();
-            }
             if over {
                 return Poll::Ready(());
             }
@@ -386,7 +383,7 @@ impl Shared {
                 Sent::All if answered || due => continue,
                 Sent::All | Sent::Full => {}
             }
-            self.set_alarm(cx, desk, next);
+            desk.set_alarm(cx, next);
             return Poll::Pending;
         }
     }
@@ -401,38 +398,32 @@ impl Shared {
         for (event, _) in mail {
             state.proto.handle_event(event);
         }
-        let told = state.tell();
-        drop(state);
-        if told.news {
-            self.news.notify_waiters();
-        }
-        told.readers
-    }
-
-    fn set_alarm(&self, cx: &mut Context<'_>, desk: &mut Desk<'_>, next: Option<Instant>) {
-        use tokio::time::Instant;
-        let next = next.map_or_else(|| Instant::now() + NEVER, Instant::from_std);
-        // One that is set for earlier stays: most are moved on before they are due.
-        if next < desk.alarm.deadline() || desk.alarm.is_elapsed() {
-            desk.alarm.as_mut().reset(next);
-        }
-        if desk.alarm.as_mut().poll(cx).is_ready() {
-            cx.waker().wake_by_ref();
-        }
+        state.tell(&self.news)
     }
 
     fn send(&self, cx: &mut Context<'_>, desk: &mut Desk<'_>) -> Sent {
-        let socket = &self.endpoint.socket;
-        while let Some((transmit, bytes, room)) = &mut desk.held {
-            if room.as_mut().poll(cx).is_pending() {
-                return Sent::Full;
+        loop {
+            while let Some((transmit, bytes, room)) = &mut desk.held {
+                if room.as_mut().poll(cx).is_pending() {
+                    return Sent::Full;
+                }
+                if self.endpoint.socket.send(transmit, bytes) {
+                    desk.held = None;
+                } else {
+                    *room = self.room();
+                }
             }
-            if socket.send(transmit, bytes) {
-                desk.held = None;
-            } else {
-                *room = self.room();
+            match self.send_a_turn(desk) {
+                // Perhaps there is room by now; else it asks to be woken.
+                Sent::Full => {}
+                done => return done,
             }
         }
+    }
+
+    /// What finds no room is held.
+    fn send_a_turn(&self, desk: &mut Desk<'_>) -> Sent {
+        let socket = &self.endpoint.socket;
         with_buffer(|buffer| {
             let mut sent = 0;
             while sent < TURN {
@@ -445,14 +436,8 @@ impl Shared {
                     return Sent::All;
                 };
                 if !socket.send(&transmit, buffer) {
-                    let mut room = self.room();
-                    // Asks to be woken; one that came meanwhile wakes at once.
-                    if room.as_mut().poll(cx).is_ready() {
-                        room = self.room();
-                        cx.waker().wake_by_ref();
-                    }
                     let bytes = buffer[..transmit.size].to_vec();
-                    desk.held = Some((transmit, bytes, room));
+                    desk.held = Some((transmit, bytes, self.room()));
                     return Sent::Full;
                 }
                 sent += match transmit.segment_size {

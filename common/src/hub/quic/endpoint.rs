@@ -378,24 +378,20 @@ mod tests {
     use super::*;
     use quinn_proto::crypto::rustls::QuicClientConfig;
 
-    use crate::hub::testing::{HOUR, cluster, identity, new_ca, now_for};
-    use crate::hub::tls::{ClientTls, Clock, Trust};
+    use crate::hub::testing::{HOUR, client_tls, identity, new_ca, now_for};
 
-    /// Events as a connection gets them: its peer's endpoint sends its first datagram to it.
+    /// Datagrams as a connection gets them: to its id, and of nothing.
     fn events(number: usize) -> Vec<ConnectionEvent> {
         let ca = new_ca();
-        let trust = Trust::Roots(vec![ca.certificate().clone()]);
-        let clock = Clock::Synchronised(rustls_pki_types::UnixTime::now());
-        let tls = ClientTls::new(trust, &cluster(), clock, Some(identity(&ca, now_for(HOUR))));
-        let crypto = QuicClientConfig::try_from(tls.unwrap().config.clone()).unwrap();
+        let tls = client_tls(&ca, identity(&ca, now_for(HOUR)));
+        let crypto = QuicClientConfig::try_from(tls.config.clone()).unwrap();
         let config = ClientConfig::new(Arc::new(crypto));
         let to = ([127, 0, 0, 1], 1).into();
-        let endpoint = || quinn_proto::Endpoint::new(Arc::default(), None, false, None);
-        let mut here = endpoint();
+        let mut here = quinn_proto::Endpoint::new(Arc::default(), None, false, None);
         let (_, mut connection) = here.connect(now(), config, to, "cloud").unwrap();
         let mut first = Vec::new();
         let _ = connection.poll_transmit(now(), 1, &mut first).unwrap();
-        // The answer's destination is the connection's own id, which its first datagram names.
+        // The connection's own id, which its first datagram names.
         let own = first[6 + usize::from(first[5])..][..9].to_vec();
         assert_eq!(own[0], 8, "an id of eight bytes");
         let mut datagram = [0x40; 40];

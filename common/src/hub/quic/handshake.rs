@@ -228,19 +228,15 @@ impl Session for Handshake {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hub::testing::{HOUR, cluster, identity, new_ca, now_for, server_tls};
-    use crate::hub::tls::{ClientTls, Clock, Trust};
+    use crate::hub::testing::{HOUR, client_tls, identity, new_ca, now_for, server_tls};
     use rustls::quic::ClientConnection;
-    use rustls_pki_types::UnixTime;
 
     /// Both ends of a handshake, until neither has anything to say.
     fn shaken() -> (Handshake, ClientConnection, Vec<CertificateDer<'static>>) {
         let ca = new_ca();
         let device = identity(&ca, now_for(HOUR));
         let chain = device.chain.clone();
-        let trust = Trust::Roots(vec![ca.certificate().clone()]);
-        let clock = Clock::Synchronised(UnixTime::now());
-        let tls = ClientTls::new(trust, &cluster(), clock, Some(device)).unwrap();
+        let tls = client_tls(&ca, device);
         let mut client =
             ClientConnection::new(tls.config.clone(), Version::V1, tls.name.clone(), vec![])
                 .unwrap();

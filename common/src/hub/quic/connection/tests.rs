@@ -4,39 +4,24 @@ use std::net::UdpSocket;
 
 use quinn_proto::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn_proto::{ClientConfig, ServerConfig};
-use rustls_pki_types::UnixTime;
 use tokio::time::timeout;
 
 use super::*;
 use crate::hub::mux::Side;
 use crate::hub::proto::StreamHead;
 use crate::hub::quic::{dial, transport};
-use crate::hub::testing::{Cloud, HOUR, cluster, identity, now_for, server_tls};
-use crate::hub::tls::{ClientTls, Clock, Trust};
-use crate::hub::transport::LinkConfig;
+use crate::hub::testing::{Cloud, HOUR, client_tls, identity, new_ca, now_for, server_tls};
+use crate::hub::transport::{Connection, Link, LinkConfig};
 
 const SOON: Duration = Duration::from_secs(20);
-
-fn device_tls(ca: &crate::pki::Ca) -> ClientTls {
-    let trust = Trust::Roots(vec![ca.certificate().clone()]);
-    let clock = Clock::Synchronised(UnixTime::now());
-    let identity = identity(ca, now_for(HOUR));
-    ClientTls::new(trust, &cluster(), clock, Some(identity)).unwrap()
-}
 
 fn loopback() -> UdpSocket {
     UdpSocket::bind(("127.0.0.1", 0)).unwrap()
 }
 
 /// A device by quinn's driver, with its session at our listener.
-async fn foreign_device(
-    cloud: &mut Cloud,
-) -> (
-    quinn::Endpoint,
-    quinn::Connection,
-    crate::hub::transport::Connection,
-) {
-    let tls = device_tls(&cloud.ca);
+async fn foreign_device(cloud: &mut Cloud) -> (quinn::Endpoint, quinn::Connection, Connection) {
+    let tls = client_tls(&cloud.ca, identity(&cloud.ca, now_for(HOUR)));
     let crypto = QuicClientConfig::try_from(tls.config.clone()).unwrap();
     let mut config = ClientConfig::new(Arc::new(crypto));
     config.transport_config(transport(&cloud.link, Side::Dialler));
@@ -58,7 +43,7 @@ async fn foreign_device(
 }
 
 /// A megabyte there and back through one stream.
-async fn echo(device: &quinn::Connection, session: &crate::hub::transport::Connection) {
+async fn echo(device: &quinn::Connection, session: &Connection) {
     let bytes: Vec<u8> = (0..1_000_000u32).map(|n| (n % 251) as u8).collect();
     let (mut send, mut recv) = device.open_bi().await.unwrap();
     // The class, and a head that says nothing.
@@ -109,7 +94,7 @@ async fn a_device_that_others_wrote_talks_to_our_listener_and_may_change_its_add
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn our_device_talks_to_a_listener_that_others_wrote() {
-    let ca = crate::hub::testing::new_ca();
+    let ca = new_ca();
     let link = LinkConfig::default();
     let crypto = QuicServerConfig::try_from(server_tls(&ca).hub).unwrap();
     let mut config = ServerConfig::with_crypto(Arc::new(crypto));
@@ -118,7 +103,7 @@ async fn our_device_talks_to_a_listener_that_others_wrote() {
     let of_endpoint = quinn::EndpointConfig::default();
     let endpoint = quinn::Endpoint::new(of_endpoint, Some(config), loopback(), runtime).unwrap();
 
-    let tls = device_tls(&ca);
+    let tls = client_tls(&ca, identity(&ca, now_for(HOUR)));
     let cloud = async {
         let connection = endpoint.accept().await.unwrap().await.unwrap();
         connection.open_uni().await.unwrap().finish().unwrap();
@@ -166,7 +151,7 @@ async fn our_device_talks_to_a_listener_that_others_wrote() {
 async fn the_end_of_a_connection_leaves_the_one_alone_that_has_its_number_now() {
     let mut cloud = Cloud::start().await;
     let (endpoint, device, session) = foreign_device(&mut cloud).await;
-    let crate::hub::transport::Link::Quic(link) = session.link() else {
+    let Link::Quic(link) = session.link() else {
         panic!("another transport");
     };
     let shared = &link.0;
