@@ -16,6 +16,7 @@
 pub mod containers;
 pub mod documents;
 pub mod exec;
+pub mod fuzz;
 pub mod leftover;
 pub mod logs;
 pub mod metrics;
