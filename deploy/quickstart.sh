@@ -38,8 +38,12 @@ install_packages() {
     missing=
     while read -r file package; do
         [ -n "$file" ] || continue
-        # A program may lie in either directory; a plain file is where it says.
-        if [ ! -e "$file" ] && [ ! -e "/usr/sbin/${file##*/}" ]; then missing="$missing $package"; fi
+        # A program may lie in any directory of programs; every other file is where it says:
+        # /usr/sbin/bridge is iproute2's, no plugin.
+        case "$file" in
+            */bin/* | */sbin/*) command -v "${file##*/}" >/dev/null || missing="$missing $package" ;;
+            *) [ -e "$file" ] || missing="$missing $package" ;;
+        esac
     done <<'LIST'
 /usr/bin/containerd containerd
 /usr/bin/runc runc
@@ -50,6 +54,7 @@ install_packages() {
 /usr/bin/nsenter util-linux
 /usr/bin/cc gcc
 /usr/include/stdlib.h libc6-dev
+/etc/ssl/certs/ca-certificates.crt ca-certificates
 LIST
     [ -n "$missing" ] || return 0
     command -v apt-get >/dev/null || fail "please install:$missing"
@@ -69,6 +74,10 @@ done
 export PATH
 command -v cargo >/dev/null ||
     fail "there is no cargo: install Rust 1.95 or newer (rustup is the usual way) and run this again"
+# Looked for before the build, not after it. A cluster of KUBECONFIG and programs in KUBEBUILDER_ASSETS
+# need no Go.
+[ -n "${KUBECONFIG:-}${KUBEBUILDER_ASSETS:-}" ] || command -v go >/dev/null ||
+    fail "there is no go, to build a control plane: install Go 1.26 or newer, or name a cluster by KUBECONFIG"
 
 say "building cloudcore, edgecore and testbed (some minutes the first time)"
 (cd "$root" && cargo build --workspace --bins)

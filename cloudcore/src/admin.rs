@@ -27,6 +27,9 @@ use crate::upstream::{self, Upstream};
 /// Scrapers and probes; more at once wait.
 const CONNECTIONS: usize = 32;
 
+/// Of a connection, from its first byte to its last: a scrape takes a moment.
+const LIFE: std::time::Duration = std::time::Duration::from_secs(10);
+
 #[derive(Debug, thiserror::Error)]
 #[error("cannot listen for admin requests on {address}: is another process using the port?")]
 pub struct AdminError {
@@ -82,13 +85,15 @@ impl Admin {
             let shown = self.shown.clone();
             connections.spawn(async move {
                 let service = service_fn(move |request| answer(shown.clone(), request));
+                // One question each, and an end to it whatever the other side does: nobody who asks
+                // and does not read keeps a probe of the kubelet out.
                 let served = hyper::server::conn::http1::Builder::new()
-                    .timer(hyper_util::rt::TokioTimer::new())
-                    .header_read_timeout(std::time::Duration::from_secs(10))
-                    .serve_connection(TokioIo::new(stream), service)
-                    .await;
-                if let Err(error) = served {
-                    debug!(%error, "an admin connection ended early");
+                    .keep_alive(false)
+                    .serve_connection(TokioIo::new(stream), service);
+                match tokio::time::timeout(LIFE, served).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => debug!(%error, "an admin connection ended early"),
+                    Err(_) => debug!("an admin connection took too long"),
                 }
                 drop(place);
             });

@@ -13,7 +13,7 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use common::ids::NodeName;
 
-use crate::config::{Config, HostPort, Settings, duration};
+use crate::config::{Config, HostPort, Settings, dead_after, duration};
 use crate::enroll::authority::Authority;
 use crate::kube::{Access, Impersonation, Mode, install};
 use crate::stream::{AddressType, PortRange, Serving};
@@ -70,8 +70,8 @@ struct RunFlags {
     /// Give new Nodes the taint node-role.kubernetes.io/edge:NoSchedule [default: true].
     #[arg(long, value_name = "BOOL", env = "CLOUDCORE_TAINT_NODES")]
     taint_nodes: Option<bool>,
-    /// Silence after which a link is dead [default: 45s].
-    #[arg(long, value_name = "TIME", env = "CLOUDCORE_DEAD_AFTER", value_parser = duration)]
+    /// Silence after which a link is dead; devices take it over [default: 45s].
+    #[arg(long, value_name = "TIME", env = "CLOUDCORE_DEAD_AFTER", value_parser = dead_after)]
     dead_after: Option<std::time::Duration>,
     /// Life of a device's certificate [default: 90d].
     #[arg(long, value_name = "TIME", env = "CLOUDCORE_CERTIFICATE_LIFETIME", value_parser = duration)]
@@ -204,6 +204,7 @@ fn start(cli: Cli) -> anyhow::Result<()> {
     let command = cli.command.unwrap_or(Command::Run(cli.run));
     if matches!(command, Command::Run(_)) {
         keep_to_one_arena();
+        open_as_many_files_as_may_be();
     }
     // Fails when it is installed already, which is as good.
     let _ = rustls::crypto::ring::default_provider().install_default();
@@ -234,6 +235,17 @@ fn keep_to_one_arena() {
     }
     // Returns only when it failed: then this goes on, with more memory.
     let _failed = again.args(words).env(ARENAS, "1").exec();
+}
+
+/// Shells and supervisors start programs with few (1024), and let those that ask have more. Each node
+/// takes one for its endpoint.
+fn open_as_many_files_as_may_be() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) else {
+        return;
+    };
+    // With fewer it runs too, and says so where it matters.
+    let _refused = setrlimit(Resource::RLIMIT_NOFILE, most, most);
 }
 
 async fn dispatch(command: Command) -> anyhow::Result<()> {
@@ -285,10 +297,8 @@ async fn run_install(flags: &InstallFlags) -> anyhow::Result<()> {
 }
 
 fn log_to_stderr(filter: &str) -> anyhow::Result<()> {
-    let filter = tracing_subscriber::EnvFilter::try_new(filter)
-        .with_context(|| format!("{filter:?} is no log filter"))?;
     tracing_subscriber::fmt()
-        .with_env_filter(filter)
+        .with_env_filter(common::telemetry::filter(filter)?)
         .with_writer(std::io::stderr)
         .init();
     Ok(())
@@ -315,6 +325,15 @@ mod tests {
     fn parse(line: &str) -> Cli {
         let words = std::iter::once("cloudcore").chain(line.split_whitespace());
         Cli::try_parse_from(words).unwrap_or_else(|e| panic!("{line}: {e}"))
+    }
+
+    #[test]
+    fn as_many_files_may_be_open_as_the_system_lets() {
+        use nix::sys::resource::{Resource, getrlimit, setrlimit};
+        let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        setrlimit(Resource::RLIMIT_NOFILE, soft.min(hard - 1), hard).unwrap();
+        open_as_many_files_as_may_be();
+        assert_eq!(getrlimit(Resource::RLIMIT_NOFILE), Ok((hard, hard)));
     }
 
     #[test]

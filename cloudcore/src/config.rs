@@ -246,7 +246,7 @@ const KEYS: &[(&str, Setter)] = &[
         s.taint_nodes = Some(v.as_bool().ok_or_else(|| wrong_kind("true or false", v))?);
         Ok(())
     }),
-    ("deadAfter", |s, v| put(&mut s.dead_after, v, duration)),
+    ("deadAfter", |s, v| put(&mut s.dead_after, v, dead_after)),
     ("certificateLifetime", |s, v| {
         put(&mut s.certificate_lifetime, v, duration)
     }),
@@ -332,6 +332,15 @@ pub fn ranges(text: &str) -> Result<Vec<String>, String> {
         .collect()
 }
 
+/// As devices take it: shorter would end links that are only slow, longer is a slip.
+pub fn dead_after(text: &str) -> Result<Duration, String> {
+    let time = duration(text)?;
+    match (5..=3600).contains(&time.as_secs()) {
+        true => Ok(time),
+        false => Err(format!("{text:?} is not between 5s and 1h")),
+    }
+}
+
 /// A number and one of the units s, m, h, d.
 pub fn duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("{text:?} is not a duration like 45s, 30m, 24h or 90d");
@@ -392,6 +401,8 @@ mod tests {
                 "deadAfter: a text belongs here, not a number",
             ),
             ("deadAfter: 45 parsecs", "is not a duration like 45s"),
+            ("deadAfter: 4s", "\"4s\" is not between 5s and 1h"),
+            ("deadAfter: 2h", "\"2h\" is not between 5s and 1h"),
             (
                 "impersonation: maybe",
                 "\"maybe\" is none of auto, constrained, direct",

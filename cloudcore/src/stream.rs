@@ -11,7 +11,7 @@
 //! API server ─TLS─► server ─► auth (client CA, TokenReview, SubjectAccessReview)
 //!                      │ the port's node
 //!                      └────► tunnel ─► registry ─► hub connection ─► edgecore
-//! endpoint, ports, address: what Nodes report · sweep: Nodes of lost replicas · serving: TLS
+//! endpoint, ports, address: what Nodes report · sweep, replicas: Nodes of lost ones · serving: TLS
 //! ```
 
 mod address;
@@ -20,6 +20,7 @@ mod auth;
 mod endpoint;
 mod metrics;
 mod ports;
+mod replicas;
 mod server;
 mod serving;
 mod sweep;
@@ -158,12 +159,16 @@ impl StreamTask {
 /// One small task for each endpoint.
 async fn listening(endpoints: NodeEndpoints, server: Arc<Server>, metrics: Metrics) {
     let mut listeners: HashMap<NodeName, AbortOnDropHandle<()>> = HashMap::new();
+    // At shutdown this comes before any of them ends.
+    let closing = CancellationToken::new();
+    let _closes = closing.clone().drop_guard();
     loop {
         for change in endpoints.changes().await {
             match change {
                 Change::Opened(node, socket) => match registered(socket) {
                     Ok(listener) => {
-                        let task = server.clone().listen(node.clone(), listener);
+                        let server = server.clone();
+                        let task = server.listen(node.clone(), listener, closing.child_token());
                         let task = AbortOnDropHandle::new(tokio::spawn(task));
                         listeners.insert(node, task);
                     }

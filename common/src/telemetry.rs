@@ -1,10 +1,26 @@
 //! Logs: one line an event on standard error, human by default, JSON on request.
 
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
-/// `filter` as of `RUST_LOG`; the environment variable wins.
-pub fn start(filter: &str, json: bool) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(filter));
+/// A log filter that cannot be.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{0:?} is no log filter: a level (error, warn, info, debug, trace, off) or TARGET=LEVEL, with commas between"
+)]
+pub struct BadFilter(String);
+
+/// Levels, and levels of targets.
+pub fn filter(text: &str) -> Result<EnvFilter, BadFilter> {
+    // A mistyped level alone would be taken for a target, and everything else would be silent.
+    let is_one = |part: &str| part.contains(['=', ':', '[']) || part.parse::<LevelFilter>().is_ok();
+    let all = text.split(',').map(str::trim).all(is_one);
+    let filter = EnvFilter::try_new(text).ok().filter(|_| all);
+    filter.ok_or_else(|| BadFilter(text.to_owned()))
+}
+
+/// From now on what is logged is seen.
+pub fn start(filter: EnvFilter, json: bool) {
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr);
@@ -57,8 +73,19 @@ mod tests {
     const SIGABRT: i32 = 6;
     const PLACE: &str = "TELEMETRY_TEST_PANICS_IN";
 
+    #[test]
+    fn a_mistyped_level_is_refused() {
+        for good in ["info", "warn,edgecore=debug", "common::hub=trace", "OFF"] {
+            assert!(super::filter(good).is_ok(), "{good}");
+        }
+        for bad in ["inof", "info,dbug", "edgecore=loud", ""] {
+            let error = super::filter(bad).unwrap_err().to_string();
+            assert!(error.contains("TARGET=LEVEL"), "{bad}: {error}");
+        }
+    }
+
     fn panic_in(place: &str) {
-        super::start("error", false);
+        super::start(super::filter("error").unwrap(), false);
         let fault = || panic!("for a test");
         let runtime = tokio::runtime::Builder::new_current_thread()
             .build()

@@ -33,7 +33,7 @@ use crate::hub::identity::{Identity, IdentityError};
 use crate::hub::session::kept;
 use crate::hub::tokens::{ASKS, SessionTokens};
 use crate::hub::{self, clock};
-use crate::join::{self, Join, JoinError};
+use crate::join::{self, Enrolment, Join, JoinError};
 use crate::node::ca::{self, CaError};
 use crate::node::status::NodeConfig;
 use crate::node::{network, reporter};
@@ -114,7 +114,7 @@ async fn run(config: Config) -> Result<(), AppError> {
         token: config.token.as_deref(),
         name: config.name.as_deref(),
     });
-    join::ensure(&store.store, ask).await?;
+    let enrolment = join::ensure(&store.store, ask).await?;
     let identity = Identity::load(&store.store)?.ok_or(JoinError::NeverJoined)?;
     if let Some(asked) = config
         .name
@@ -125,7 +125,7 @@ async fn run(config: Config) -> Result<(), AppError> {
         return Err(AppError::OtherNode { asked, is });
     }
     info!(node = %identity.node, cluster = identity.link.cluster_id, "edgecore starts");
-    let result = assemble(&config, store, &identity, shutdown).await;
+    let result = assemble(&config, store, &identity, enrolment, shutdown).await;
     info!("edgecore stops; Pods keep running");
     result
 }
@@ -174,6 +174,7 @@ async fn assemble(
     config: &Config,
     Opened { store, incarnation }: Opened,
     identity: &Identity,
+    enrolment: Option<Enrolment>,
     shutdown: CancellationToken,
 ) -> Result<(), AppError> {
     let failed = |e| AppError::Store(config.data_dir.clone(), e);
@@ -284,6 +285,7 @@ async fn assemble(
         tunnels: Tunnels::build(api.clone()),
         transport: config.transport,
         dead_after: config.dead_after,
+        enrolment,
     });
 
     let mut tasks = Tasks::default();

@@ -8,6 +8,7 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use serde::Deserialize;
 
 use crate::cli::RunArgs;
+use crate::hub::pace::Deadlines;
 use crate::pods::network::{NetworkError, Range};
 use crate::pods::quantity::units;
 use crate::pods::rotate;
@@ -33,7 +34,8 @@ pub struct File {
     pub cni_bin_dir: Option<PathBuf>,
     /// The bridge of this node's Pods.
     pub bridge: Option<String>,
-    /// Seconds of silence after which the link counts as dead.
+    /// Seconds of silence after which the link counts as dead; what the cloud says where it is not
+    /// given.
     pub dead_after_seconds: Option<u64>,
     /// Where the runtime writes container logs.
     pub pod_logs_dir: Option<PathBuf>,
@@ -60,7 +62,7 @@ pub struct Config {
     pub cni_config_dir: PathBuf,
     pub cni_bin_dir: Option<PathBuf>,
     pub bridge: String,
-    pub dead_after: Duration,
+    pub dead_after: Option<Duration>,
     pub pod_logs_dir: PathBuf,
     pub log_rotation: rotate::Config,
 }
@@ -87,9 +89,6 @@ pub enum ConfigError {
     DeadAfter(u64),
 }
 
-/// Noticed within this; see the hub's deadlines.
-const DEAD_AFTER_SECONDS: u64 = 45;
-
 impl Config {
     pub fn resolve(args: RunArgs) -> Result<Self, ConfigError> {
         let file = match &args.config {
@@ -108,9 +107,9 @@ impl Config {
             .transport
             .or(file.transport)
             .unwrap_or_else(|| "auto".to_owned());
-        let dead_after = file.dead_after_seconds.unwrap_or(DEAD_AFTER_SECONDS);
-        if !(5..=3600).contains(&dead_after) {
-            return Err(ConfigError::DeadAfter(dead_after));
+        let dead_after = file.dead_after_seconds;
+        if let Some(seconds) = dead_after.filter(|s| !Deadlines::RANGE.contains(s)) {
+            return Err(ConfigError::DeadAfter(seconds));
         }
         if let Some(text) = &file.pod_cidr {
             text.parse::<Range>().map_err(ConfigError::PodCidr)?;
@@ -138,7 +137,7 @@ impl Config {
                 .unwrap_or_else(|| "/etc/cni/net.d".into()),
             cni_bin_dir: file.cni_bin_dir,
             bridge,
-            dead_after: Duration::from_secs(dead_after),
+            dead_after: dead_after.map(Duration::from_secs),
             pod_logs_dir: file.pod_logs_dir.unwrap_or_else(|| "/var/log/pods".into()),
             log_rotation,
             data_dir,

@@ -9,43 +9,34 @@
 
 pub mod clock;
 pub mod identity;
+pub mod pace;
 pub mod session;
 pub mod state;
 pub mod tokens;
 
 use std::time::Duration;
 
-use common::backoff::Backoff;
 use common::hub::dial::{self, DialError, DialOptions, Preference};
-use common::hub::proto::{self, GoAwayReason};
+use common::hub::proto;
 use common::hub::tls::ClientIdentity;
-use common::hub::transport::{Connection, LinkConfig, Refusal, TransportError, TransportKind};
+use common::hub::transport::{Connection, Refusal, TransportError, TransportKind};
 use common::telemetry::chain;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use crate::join;
-use crate::store::Store;
+use crate::join::{self, Enrolment};
 use crate::store::desired::Desired;
 use crate::store::events::Events;
 use crate::store::reports::Reports;
+use crate::store::{Store, StoreError};
 use crate::stream::tunnels::Tunnels;
 use identity::{Identity, IdentityError, Renewal};
+use pace::{Deadlines, Pace, UNWANTED_WAIT};
 use session::{SessionDeps, SessionEnd, kept};
 use state::{Facts, StoreState};
 use tokens::Ask;
-
-/// The first wait after a lost link: a router that restarts is back within a minute, a dropped
-/// connection at once.
-const FIRST_WAIT: Duration = Duration::from_millis(400);
-
-/// A device that was out for days is back within half a minute of its link.
-const LONGEST_WAIT: Duration = Duration::from_secs(30);
-
-/// A cloud that says that it does not want this device is asked this often.
-const UNWANTED_WAIT: Duration = Duration::from_secs(300);
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -65,17 +56,6 @@ impl LinkError {
                 Some(TransportError::Refused(Refusal::Expired))
             ),
         }
-    }
-}
-
-/// Keep-alives that notice a dead link in time, with room for one that is lost.
-fn link_config(dead_after: Duration) -> LinkConfig {
-    let usual = LinkConfig::default();
-    LinkConfig {
-        keep_alive: usual.keep_alive.min(dead_after / 3),
-        ping_every: usual.ping_every.min(dead_after.mul_f64(0.45)),
-        dead_after,
-        ..usual
     }
 }
 
@@ -105,13 +85,16 @@ pub struct Deps {
     /// Outlives a connection by what its tunnels need to end.
     pub tunnels: Tunnels,
     pub transport: Preference,
-    pub dead_after: Duration,
+    /// The silence after which the link is dead; the cloud's where nothing is set.
+    pub dead_after: Option<Duration>,
+    /// What a token asks that this device has not used.
+    pub enrolment: Option<Enrolment>,
 }
 
 /// See the module.
 pub struct Task {
     deps: Deps,
-    backoff: Backoff,
+    pace: Pace,
     remembered: Option<TransportKind>,
     /// When a certificate may be asked for again over a session.
     renew_from: Instant,
@@ -121,7 +104,7 @@ impl Task {
     pub fn build(deps: Deps) -> Self {
         Self {
             deps,
-            backoff: Backoff::new(FIRST_WAIT, LONGEST_WAIT),
+            pace: Pace::default(),
             remembered: None,
             renew_from: Instant::now(),
         }
@@ -146,6 +129,9 @@ impl Task {
 
     /// One dial and, if it succeeds, one session. Gives the wait before the next.
     async fn once(&mut self, shutdown: &CancellationToken) -> Duration {
+        if let Some(enrolment) = self.deps.enrolment.take() {
+            self.deps.enrolment = enrolment.mend(&self.deps.store).await;
+        }
         let identity = match Identity::load(&self.deps.store) {
             Ok(Some(identity)) => identity,
             Ok(None) => return UNWANTED_WAIT,
@@ -154,7 +140,11 @@ impl Task {
         if identity.expired(&self.deps.store) {
             return self.replace_certificate(&identity).await;
         }
-        let connection = match self.dial(&identity).await {
+        let deadlines = match self.deadlines() {
+            Ok(deadlines) => deadlines,
+            Err(error) => return self.lost(&error),
+        };
+        let connection = match self.dial(&identity, deadlines).await {
             Ok(connection) => connection,
             Err(error) if error.expired() => return self.replace_certificate(&identity).await,
             Err(error) => return self.lost(&error),
@@ -170,6 +160,7 @@ impl Task {
             store: &self.deps.store,
             identity: &identity,
             state,
+            deadlines,
             asks: &mut self.deps.asks,
             connected: &self.deps.connected,
             environment: &self.deps.environment,
@@ -180,7 +171,8 @@ impl Task {
         let session = session::run(&connection, deps);
         let (end, proved) = beside(session, tunnels).await;
         if proved {
-            self.backoff.reset();
+            // The enrolment needs no mending.
+            self.deps.enrolment = None;
         }
         if matches!(end, SessionEnd::Renewed) {
             self.renew_from = Instant::now() + identity.renewal_pause();
@@ -189,7 +181,7 @@ impl Task {
         if end.expired() {
             return self.replace_certificate(&identity).await;
         }
-        self.ended(end)
+        self.ended(&end, proved)
     }
 
     /// Gives the wait before the next dial: never none, or a device whose clock is wrong would ask
@@ -197,12 +189,23 @@ impl Task {
     async fn replace_certificate(&mut self, identity: &Identity) -> Duration {
         info!(node = %identity.node, "the certificate has run out; asking for another");
         match join::again(&self.deps.store, identity).await {
-            Ok(()) => self.backoff.next_wait(rand::random()),
+            Ok(()) => self.pace.wait(),
             Err(error) => self.lost(&error),
         }
     }
 
-    async fn dial(&self, identity: &Identity) -> Result<Connection, LinkError> {
+    fn deadlines(&self) -> Result<Deadlines, StoreError> {
+        let said = self.deps.store.meta().get(kept::DEAD_AFTER)?;
+        let said = said.and_then(|ms| Some(u32::from_be_bytes(ms.try_into().ok()?)));
+        let said = said.map(|ms| Duration::from_millis(ms.into()));
+        Ok(Deadlines::new(self.deps.dead_after, said))
+    }
+
+    async fn dial(
+        &self,
+        identity: &Identity,
+        deadlines: Deadlines,
+    ) -> Result<Connection, LinkError> {
         let target = identity.target()?;
         let shown = ClientIdentity {
             chain: identity.chain.clone(),
@@ -211,7 +214,7 @@ impl Task {
         let options = DialOptions {
             preference: self.deps.transport,
             remembered: self.remembered,
-            link: link_config(self.deps.dead_after),
+            link: deadlines.link(),
             ..DialOptions::new(identity::dial_clock(&self.deps.store))
         };
         Ok(dial::dial(&target, &shown, &options).await?)
@@ -236,35 +239,24 @@ impl Task {
     }
 
     fn lost(&mut self, error: &dyn std::error::Error) -> Duration {
-        let wait = self.backoff.next_wait(rand::random());
+        let wait = self.pace.wait();
         warn!(error = %chain(error), retry_in = ?wait, "no session with the cloud");
         wait
     }
 
-    fn ended(&mut self, end: SessionEnd) -> Duration {
+    fn ended(&mut self, end: &SessionEnd, proved: bool) -> Duration {
+        let wait = self.pace.after(end, proved);
         match end {
-            SessionEnd::Stopping | SessionEnd::Renewed => Duration::ZERO,
+            SessionEnd::Stopping | SessionEnd::Renewed | SessionEnd::Deadlines => {}
             SessionEnd::GoAway {
-                reason,
-                message,
-                retry_after,
+                reason, message, ..
             } => {
-                warn!(?reason, message, "the cloud ended the session");
-                let least = match reason {
-                    GoAwayReason::GoAwayRevoked | GoAwayReason::GoAwayQuarantined => UNWANTED_WAIT,
-                    GoAwayReason::GoAwayUnspecified
-                    | GoAwayReason::GoAwayDraining
-                    | GoAwayReason::GoAwayReplaced
-                    | GoAwayReason::GoAwayProtocolError
-                    | GoAwayReason::GoAwayLostClaim => Duration::ZERO,
-                };
-                least
-                    .max(retry_after)
-                    .max(self.backoff.next_wait(rand::random()))
+                warn!(?reason, message, retry_in = ?wait, "the cloud ended the session");
             }
             SessionEnd::Lanes(_) | SessionEnd::Protocol(_) | SessionEnd::Store(_) => {
-                self.lost(&end)
+                warn!(error = %chain(end), retry_in = ?wait, "no session with the cloud");
             }
         }
+        wait
     }
 }

@@ -7,7 +7,7 @@ use common::hub::tls::Clock;
 use common::hub::transport::TransportError;
 use common::ids::{NameError, NodeName};
 use common::pki::token::Endpoint;
-use common::pki::{JoinToken, PkiError, TokenError};
+use common::pki::{JoinToken, NodeKey, PkiError, TokenError};
 use common::tasks::beside;
 use common::telemetry::chain;
 use tracing::{info, warn};
@@ -35,10 +35,6 @@ pub enum JoinError {
     HostName(String),
     #[error(transparent)]
     Identity(#[from] IdentityError),
-    #[error(
-        "--name {asked} was given, but the data directory belongs to node {is}: give it another --data-dir"
-    )]
-    OtherNode { asked: NodeName, is: NodeName },
     #[error("this device has not joined")]
     Dial(#[from] DialError),
     #[error("the link record of this device is damaged; join again with a new token")]
@@ -60,7 +56,6 @@ impl JoinError {
             | JoinError::Name(_)
             | JoinError::HostName(_)
             | JoinError::Identity(_)
-            | JoinError::OtherNode { .. }
             | JoinError::Link(_) => false,
         }
     }
@@ -70,10 +65,7 @@ impl JoinError {
     pub fn exit_code(&self) -> u8 {
         match self {
             JoinError::NeverJoined | JoinError::NoToken => 2,
-            JoinError::Address(_)
-            | JoinError::Name(_)
-            | JoinError::HostName(_)
-            | JoinError::OtherNode { .. } => 3,
+            JoinError::Address(_) | JoinError::Name(_) | JoinError::HostName(_) => 3,
             JoinError::Token(_) => 4,
             JoinError::Identity(_) | JoinError::Link(_) => 5,
             JoinError::Dial(error) => match error.most_telling() {
@@ -94,89 +86,103 @@ pub struct Join<'a> {
     pub name: Option<&'a str>,
 }
 
-/// Enrols this device if it has not joined with this token yet.
-pub async fn ensure(store: &Store, join: Option<Join<'_>>) -> Result<(), JoinError> {
-    let joined = identity::Identity::load(store)?;
-    let Some(join) = join else {
-        return joined.map(drop).ok_or(JoinError::NeverJoined);
+/// Enrols a device that has not joined. One that has needs nothing of the cloud to start: what a
+/// token that it has not used asks for is given back, to be done beside its Pods.
+pub async fn ensure(store: &Store, join: Option<Join<'_>>) -> Result<Option<Enrolment>, JoinError> {
+    let Some(joined) = identity::Identity::load(store)? else {
+        let join = join.ok_or(JoinError::NeverJoined)?;
+        let token = JoinToken::parse(join.token.ok_or(JoinError::NoToken)?)?;
+        let asked = join.name.map(NodeName::parse).transpose()?;
+        let name = asked.map_or_else(host_name, Ok)?;
+        Enrolment::new(join.address, token, name)?
+            .carry_out(store)
+            .await?;
+        return Ok(None);
     };
-    let token = match (join.token, &joined) {
-        (Some(text), _) => JoinToken::parse(text)?,
-        (None, Some(_)) => return Ok(()),
-        (None, None) => return Err(JoinError::NoToken),
+    let Some((address, text)) = join.and_then(|join| Some((join.address, join.token?))) else {
+        return Ok(None);
     };
-    if joined.is_some() && identity::joined_with(store)?.as_deref() == Some(&token.id) {
-        return Ok(());
-    }
-    let asked = join.name.map(NodeName::parse).transpose()?;
-    let name = match (asked, &joined) {
-        // What the data directory holds is the first node's: its Pods must not become another's.
-        (Some(asked), Some(joined)) if asked != joined.node => {
-            let is = joined.node.clone();
-            return Err(JoinError::OtherNode { asked, is });
+    let wanted = JoinToken::parse(text).map_err(JoinError::from);
+    match wanted.and_then(|token| Enrolment::new(address, token, joined.node.clone())) {
+        Ok(wanted) if identity::joined_with(store)?.as_ref() == Some(&wanted.token.id) => Ok(None),
+        Ok(wanted) => Ok(Some(wanted)),
+        Err(error) => {
+            not_used(&error);
+            Ok(None)
         }
-        (Some(name), _) => name,
-        (None, Some(joined)) => joined.node.clone(),
-        (None, None) => host_name()?,
-    };
-    match (enrol(store, join.address, token, &name).await, joined) {
-        // The token may be meant to mend an enrolment that has ended. Pods never wait for that.
-        (Err(error), Some(joined)) if error.may_pass() => {
-            warn!(
-                error = %chain(&error), node = %joined.node,
-                "the new token was not used; this device goes on with what it has"
-            );
-            Ok(())
-        }
-        (result, _) => result,
     }
 }
 
-async fn enrol(
-    store: &Store,
-    address: &str,
-    mut token: JoinToken,
-    name: &NodeName,
-) -> Result<(), JoinError> {
-    // The address given is tried first; the token may know others.
-    token.endpoints.insert(0, endpoint(address)?);
-    let found = token.endpoints[0].to_proto();
-    let key = identity::ensure_key(store)?;
-    let request = proto::JoinRequest {
+fn not_used(error: &JoinError) {
+    warn!(
+        error = %chain(error),
+        "the new token was not used; this device goes on with what it has"
+    );
+}
+
+/// What a token asks of the cloud: to let this device in.
+#[derive(Debug)]
+pub struct Enrolment {
+    /// The address that was given goes first; the token may know others.
+    token: JoinToken,
+    name: NodeName,
+}
+
+impl Enrolment {
+    fn new(address: &str, mut token: JoinToken, name: NodeName) -> Result<Self, JoinError> {
+        token.endpoints.insert(0, endpoint(address)?);
+        Ok(Self { token, name })
+    }
+
+    /// The token may be meant to mend an enrolment that has ended. Gives itself back where the same
+    /// try may succeed later.
+    pub async fn mend(self, store: &Store) -> Option<Self> {
+        let error = self.carry_out(store).await.err()?;
+        not_used(&error);
+        error.may_pass().then_some(self)
+    }
+
+    async fn carry_out(&self, store: &Store) -> Result<(), JoinError> {
+        let Self { token, name } = self;
+        let found = token.endpoints.first().map(Endpoint::to_proto);
+        let key = identity::ensure_key(store)?;
+        let request = proto::JoinRequest {
+            token_id: token.id.clone(),
+            token_secret: token.secret.bytes().to_vec(),
+            ..request(name, &key)?
+        };
+        // A device without a clock can join: chain, pin and name decide alone.
+        let options = DialOptions::new(Clock::Unsynchronised(None));
+        let joined = take(ask(&Target::from_token(token), &request, &options).await?)?;
+        let node = joined.node_name.clone();
+        let (store, id) = (store.clone(), token.id.clone());
+        let kept = move || identity::keep_joined(&store, Some(&id), found.as_ref(), &joined);
+        beside(kept).await?;
+        info!(node, "this device has joined");
+        Ok(())
+    }
+}
+
+/// What this device says of itself, whatever it shows.
+fn request(name: &NodeName, key: &NodeKey) -> Result<proto::JoinRequest, IdentityError> {
+    Ok(proto::JoinRequest {
         version: common::hub::PROTOCOL_VERSION,
-        token_id: token.id.clone(),
-        token_secret: token.secret.bytes().to_vec(),
         node_name: name.to_string(),
-        csr: key.request().map_err(IdentityError::from)?,
+        csr: key.request()?,
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
         os: std::env::consts::OS.to_owned(),
         arch: architecture(std::env::consts::ARCH).to_owned(),
-        expired_certificate: Vec::new(),
-    };
-    // A device without a clock can join: chain, pin and name decide alone.
-    let options = DialOptions::new(Clock::Unsynchronised(None));
-    let joined = take(ask(&Target::from_token(&token), &request, &options).await?)?;
-    identity::keep_joined(store, Some(&token.id), Some(&found), &joined)?;
-    info!(node = joined.node_name, "this device has joined");
-    Ok(())
+        ..Default::default()
+    })
 }
 
 /// Asks for a new certificate for the same key after the last one ran out: no token is needed
 /// within the cloud's grace.
 pub async fn again(store: &Store, identity: &identity::Identity) -> Result<(), JoinError> {
+    let expired = identity.chain.first();
     let request = proto::JoinRequest {
-        version: common::hub::PROTOCOL_VERSION,
-        node_name: identity.node.to_string(),
-        csr: identity.key.request().map_err(IdentityError::from)?,
-        agent_version: env!("CARGO_PKG_VERSION").to_owned(),
-        os: std::env::consts::OS.to_owned(),
-        arch: architecture(std::env::consts::ARCH).to_owned(),
-        expired_certificate: identity
-            .chain
-            .first()
-            .map(|c| c.to_vec())
-            .unwrap_or_default(),
-        ..Default::default()
+        expired_certificate: expired.map(|c| c.to_vec()).unwrap_or_default(),
+        ..request(&identity.node, &identity.key)?
     };
     let target = identity.target().map_err(JoinError::Link)?;
     let options = DialOptions::new(identity::dial_clock(store));

@@ -25,7 +25,10 @@ fn run(args: edgecore::cli::RunArgs) -> ExitCode {
         Ok(config) => config,
         Err(error) => return fail(&error, 3),
     };
-    common::telemetry::start(&config.log, config.log_json);
+    match common::telemetry::filter(&config.log) {
+        Ok(filter) => common::telemetry::start(filter, config.log_json),
+        Err(error) => return fail(&error, 3),
+    }
     match app::start(config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&error, error.exit_code()),

@@ -1,7 +1,5 @@
 //! Every input that fuzzing kept runs in the normal tests, through the same bodies.
 
-#![expect(clippy::unwrap_used, reason = "helpers of tests")]
-
 use std::path::Path;
 
 use edgecore::stream::fuzz;

@@ -18,11 +18,15 @@ pub const PORT: u16 = 10000;
 /// A cloudcore on the host, reachable from the edges at the backbone's host address.
 pub struct Cloud {
     bed: Arc<Bed>,
+    /// Names its log.
+    name: &'static str,
     program: PathBuf,
     kubeconfig: PathBuf,
     flags: Vec<String>,
-    /// Where edges find it.
+    /// Where it listens.
     pub address: SocketAddr,
+    /// Where edges look for it.
+    advertised: SocketAddr,
     /// Its admin endpoint.
     pub admin: SocketAddr,
     process: Option<Proc>,
@@ -50,13 +54,25 @@ impl Cloud {
     pub fn prepared(bed: &Arc<Bed>, kubeconfig: &Path) -> Result<Cloud> {
         Ok(Cloud {
             bed: bed.clone(),
+            name: "cloudcore",
             program: product("cloudcore")?,
             kubeconfig: kubeconfig.to_owned(),
             flags: Vec::new(),
             address: SocketAddr::from((bed.host_address(), PORT)),
+            advertised: SocketAddr::from((bed.host_address(), PORT)),
             admin: SocketAddr::from((bed.loopback(), PORT + 1)),
             process: None,
         })
+    }
+
+    /// A second replica for the same cluster, with ports of its own and, as behind a load balancer,
+    /// the first one's address for edges; it does not run yet.
+    pub fn replica(&self) -> Result<Cloud> {
+        let mut other = Cloud::prepared(&self.bed, &self.kubeconfig)?;
+        other.name = "cloudcore-replica";
+        other.address.set_port(PORT + 10);
+        other.admin.set_port(PORT + 11);
+        Ok(other)
     }
 
     /// Further flags of `cloudcore run`, from its next start on.
@@ -73,13 +89,13 @@ impl Cloud {
             .arg(&self.kubeconfig)
             .args([
                 format!("--listen={}", self.address),
-                format!("--advertise={}", self.address),
+                format!("--advertise={}", self.advertised),
                 format!("--admin={}", self.admin),
             ]);
         command.args(&self.flags);
         let process = self
             .process
-            .insert(self.bed.spawn("cloudcore", &mut command)?);
+            .insert(self.bed.spawn(self.name, &mut command)?);
         wait_for("cloudcore", Duration::from_secs(60), || {
             process.ensure_running()?;
             Ok(TcpStream::connect_timeout(

@@ -22,7 +22,7 @@ use crate::programs::{self, AGNHOST, E2E, GINKGO};
 mod images;
 
 /// The groups that a node is judged by here.
-const CASES: &str = r"\[sig-(node|storage|apps|cli)\] (ConfigMap|Secrets|Projected|Downward API|EmptyDir|InitContainer|Containers|Variable Expansion|Pods|Deployment|Job|Kubectl)";
+const CASES: &str = r"\[sig-(node|storage|apps|cli)\] (ConfigMap|Secrets|Projected|Downward API|EmptyDir|InitContainer|Containers|Variable Expansion|Pods|Deployment|Job|[Kk]ubectl)";
 /// Cases of features that are not on by default, that break the node on purpose, or that are known
 /// to fail upstream.
 const LEFT_OUT: &str = r"\[Feature:|\[FeatureGate:|\[Flaky\]|\[Disruptive\]|\[Deprecated\]";

@@ -324,9 +324,18 @@ impl Machine {
     /// Leads what the machine sends to one port, UDP and TCP, to another: new flows only. A relay
     /// between a device and its cloud is not seen by either.
     pub fn divert(&self, from: SocketAddr, to: SocketAddr) -> Result<()> {
+        self.diversion("-A", from, to)
+    }
+
+    /// Ends a diversion: for new flows.
+    pub fn lead_back(&self, from: SocketAddr, to: SocketAddr) -> Result<()> {
+        self.diversion("-D", from, to)
+    }
+
+    fn diversion(&self, change: &str, from: SocketAddr, to: SocketAddr) -> Result<()> {
         for protocol in ["udp", "tcp"] {
             self.router.iptables(&format!(
-                "-t nat -A PREROUTING -i lan -p {protocol} -d {} --dport {} -j DNAT --to-destination {to}",
+                "-t nat {change} PREROUTING -i lan -p {protocol} -d {} --dport {} -j DNAT --to-destination {to}",
                 from.ip(),
                 from.port()
             ))?;

@@ -25,8 +25,13 @@ use crate::world::condition;
 /// The name of the one node.
 const NODE: &str = "edge-1";
 
-/// What the finished testbed needs to be shown again, a line each.
+/// The kubectl and the kubeconfig of the cluster that was asked, a line each: written before anything
+/// is put into it.
+const REACHED: &str = "reached";
+/// There once everything runs.
 const DONE: &str = "done";
+/// CloudCore's, in the cluster.
+const NAMESPACE: &str = "edge-system";
 
 /// Makes sure that the demonstration runs, and prints it.
 pub fn up(dir: &Path, example: &Path) -> Result<()> {
@@ -49,6 +54,11 @@ pub fn up(dir: &Path, example: &Path) -> Result<()> {
     let kubectl = control_plane(&bed, foreign)?;
     progress("cloudcore: install, run");
     let mut cloud = Cloud::prepared(&bed, &kubectl.kubeconfig)?;
+    let lines = [
+        kubectl.program.display().to_string(),
+        kubectl.kubeconfig.display().to_string(),
+    ];
+    fs::write(bed.dir.join(REACHED), lines.join("\n"))?;
     if ours {
         // There is no other node: what somebody tries next must land on this one.
         cloud.set_flags(&["--taint-nodes=false"]);
@@ -78,11 +88,7 @@ pub fn up(dir: &Path, example: &Path) -> Result<()> {
     kubectl
         .ok(&rolled)
         .with_context(|| format!("{}\n{}", cloud.tail(20), edge.tail(20)))?;
-    let lines = [
-        kubectl.program.display().to_string(),
-        kubectl.kubeconfig.display().to_string(),
-    ];
-    fs::write(bed.dir.join(DONE), lines.join("\n"))?;
+    fs::write(bed.dir.join(DONE), "")?;
     // Their ends are the testbed's end, not this function's.
     std::mem::forget((edge, backbone));
     epilogue(dir, &kubectl)
@@ -90,13 +96,18 @@ pub fn up(dir: &Path, example: &Path) -> Result<()> {
 
 /// Removes everything that [`up`] made, in an existing cluster too.
 pub fn down(dir: &Path, example: &Path) -> Result<()> {
-    if let Some((kubectl, bed)) = finished(dir).zip(Bed::kept(dir).ok().map(Arc::new))
-        && !kubectl.kubeconfig.starts_with(&bed.dir)
-    {
+    let reached = dir.join(REACHED);
+    let own = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
+    if let Some(kubectl) = reached_by(dir).filter(|k| !k.kubeconfig.starts_with(&own)) {
         progress("removing the example and CloudCore from the cluster");
-        if let Err(error) = leave(&kubectl, &bed, example) {
-            progress(&format!("the cluster could not be cleaned: {error:#}"));
-        }
+        leave(&kubectl, &Arc::new(Bed::kept(dir)?), example).with_context(|| {
+            format!(
+                "the cluster of {} was not cleaned: run this again when it answers, or remove {} to give it up",
+                kubectl.kubeconfig.display(),
+                reached.display()
+            )
+        })?;
+        fs::remove_file(&reached)?;
     }
     match bed::find_kept(dir) {
         Some((number, dir)) => bed::teardown(number, &dir)?,
@@ -116,6 +127,11 @@ fn control_plane(bed: &Arc<Bed>, foreign: Option<PathBuf>) -> Result<Kubectl> {
             programs::on_path("kubectl").or_else(|_| programs::ensure("kubectl", K8S_1_37))?;
         let kubectl = Kubectl::new(&program, &kubeconfig.canonicalize()?);
         kubectl.ok(&["get", "--raw", "/readyz", "--request-timeout=10s"])?;
+        ensure!(
+            !has_cloudcore(&kubectl)?,
+            "this cluster has CloudCore already (namespace {NAMESPACE}), and the quickstart would take its \
+             place: join a device to it with the line that `cloudcore token create` prints"
+        );
         return Ok(kubectl);
     }
     build(Options::new(K8S_1_37), false)?;
@@ -145,8 +161,17 @@ pub fn build(options: Options, peers: bool) -> Result<()> {
     Ok(())
 }
 
+fn has_cloudcore(kubectl: &Kubectl) -> Result<bool> {
+    let found = kubectl.ok(&["get", "namespace", NAMESPACE, "--ignore-not-found"])?;
+    Ok(!found.trim().is_empty())
+}
+
 fn finished(dir: &Path) -> Option<Kubectl> {
-    let text = fs::read_to_string(dir.join(DONE)).ok()?;
+    dir.join(DONE).exists().then(|| reached_by(dir)).flatten()
+}
+
+fn reached_by(dir: &Path) -> Option<Kubectl> {
+    let text = fs::read_to_string(dir.join(REACHED)).ok()?;
     let (program, kubeconfig) = text.split_once('\n')?;
     Some(Kubectl::new(Path::new(program), Path::new(kubeconfig)))
 }
@@ -184,12 +209,17 @@ fn epilogue(dir: &Path, kubectl: &Kubectl) -> Result<()> {
 fn leave(kubectl: &Kubectl, bed: &Arc<Bed>, example: &Path) -> Result<()> {
     let file = example.to_str().context("path of the example")?;
     kubectl.ok(&["delete", "-f", file, "--ignore-not-found", "--timeout=60s"])?;
+    if !has_cloudcore(kubectl)? {
+        return Ok(());
+    }
     let cloud = Cloud::prepared(bed, &kubectl.kubeconfig)?;
-    cloud.revoke(NODE)?;
+    if cloud.command(&["node", "list"])?.contains(NODE) {
+        cloud.revoke(NODE)?;
+    }
     let label = ["-l", "app.kubernetes.io/part-of=cloudcore"];
     let kinds = "clusterroles,clusterrolebindings,validatingadmissionpolicies,\
                  validatingadmissionpolicybindings,customresourcedefinitions";
     kubectl.ok(&[&["delete", kinds, "--ignore-not-found"], &label[..]].concat())?;
-    kubectl.ok(&["delete", "namespace", "edge-system", "--ignore-not-found"])?;
+    kubectl.ok(&["delete", "namespace", NAMESPACE, "--ignore-not-found"])?;
     Ok(())
 }

@@ -262,9 +262,7 @@ impl<T: From<Told>> One<T> {
                     Line::Applied(raw) => (raw, false),
                     Line::Deleted(raw) => (raw, true),
                 };
-                let Some((mut content, revision)) = self.understand(&raw) else {
-                    continue;
-                };
+                let (mut content, revision) = self.understand(&raw)?;
                 if deleted {
                     content = Content::Absent;
                 }
@@ -286,27 +284,25 @@ impl<T: From<Told>> One<T> {
         self.metrics.reads.add(1);
         let page = self.source.page(1, None).await?;
         let view = page.revision;
-        Ok(
-            match page.items.first().and_then(|raw| self.understand(raw)) {
-                Some((content, revision)) => Answer {
-                    content,
-                    revision,
-                    view,
-                },
-                None => Answer {
-                    content: Content::Absent,
-                    revision: view,
-                    view,
-                },
-            },
-        )
+        let found = page.items.first().map(|raw| self.understand(raw));
+        let (content, revision) = found.transpose()?.unwrap_or((Content::Absent, view));
+        Ok(Answer {
+            content,
+            revision,
+            view,
+        })
     }
 
-    fn understand(&self, raw: &RawValue) -> Option<(Content, u64)> {
+    /// What cannot be understood is unknown, never absent: a device would take its files away.
+    fn understand(&self, raw: &RawValue) -> Result<(Content, u64), Fault> {
         self.metrics.received_bytes.add(raw.get().len() as u64);
-        let object: Value = serde_json::from_str(raw.get()).ok()?;
-        let bytes = trimmed(self.reference.kind, &object)?;
-        Some((Content::Present(bytes.into()), revision(&object)?))
+        let unreadable = |why: &str| Fault::Unreadable(why.to_owned());
+        let object: Value =
+            serde_json::from_str(raw.get()).map_err(|error| unreadable(&error.to_string()))?;
+        let bytes = trimmed(self.reference.kind, &object);
+        let bytes = bytes.ok_or_else(|| unreadable("no ConfigMap and no Secret"))?;
+        let revision = revision(&object).ok_or_else(|| unreadable("it has no resourceVersion"))?;
+        Ok((Content::Present(bytes.into()), revision))
     }
 
     async fn refused_or_wait(&self, backoff: &mut Backoff, fault: &Fault) {

@@ -403,6 +403,21 @@ async fn a_malformed_object_is_reported_and_the_loop_goes_on() {
         ("p-odd", "ns")
     );
 
+    // A Secret that cannot be understood is unknown: it stays what it was, and is asked for again.
+    server.put("secrets", secret("odd", "MQ=="));
+    server.put("pods", pod("w", "a", &["odd"]));
+    running.wait("a", has_secret("odd", "MQ==")).await;
+    server.wait_for_watches("secrets", 1).await;
+    let before = running.handle.metrics().faults.get();
+    let unversioned = json!({"type": "MODIFIED", "object": {"kind": "Secret", "data": {}}});
+    server.say("secrets", &format!("{unversioned}\n"));
+    let faults = || running.handle.metrics().faults.get();
+    server.wait_until("a fault", |_| faults() > before).await;
+    let snapshot = running.handle.feed(&node("a")).snapshot();
+    assert!(has_secret("odd", "MQ==")(&snapshot));
+    server.put("secrets", secret("odd", "Mg=="));
+    running.wait("a", has_secret("odd", "Mg==")).await;
+
     server.forbid("a", "s", u32::MAX);
     server.put("pods", pod("v", "a", &["s"]));
     let report = running.malformed.recv().await.unwrap();

@@ -8,6 +8,7 @@ use common::ids::NodeName;
 use common::stream::request::Target;
 use http::Method;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use super::metrics::Metrics;
@@ -15,7 +16,8 @@ use super::metrics::Metrics;
 /// How a tunnel ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum End {
-    /// The asker's connection went before the answer had ended.
+    /// The asker's connection went before the answer had ended; or CloudCore closed it, where it
+    /// was closing the endpoint.
     AskerGone,
     /// The node said all.
     Complete,
@@ -30,6 +32,13 @@ pub(super) struct Bytes {
     pub(super) back: AtomicU64,
 }
 
+impl Bytes {
+    pub(super) fn passed(&self, back: bool, count: usize) {
+        let direction = if back { &self.back } else { &self.there };
+        direction.fetch_add(count as u64, Ordering::Relaxed);
+    }
+}
+
 /// An open tunnel: says so when made, and how it ended when dropped.
 pub(super) struct Opened {
     id: u64,
@@ -37,6 +46,8 @@ pub(super) struct Opened {
     since: Instant,
     node: NodeName,
     verb: &'static str,
+    /// Cancelled when CloudCore closes the node's endpoint, or stops.
+    closing: CancellationToken,
     pub(super) status: u16,
     pub(super) end: End,
     pub(super) bytes: Arc<Bytes>,
@@ -49,6 +60,7 @@ impl Opened {
         node: &NodeName,
         method: &Method,
         target: &Target,
+        closing: CancellationToken,
         metrics: Metrics,
     ) -> Self {
         let (pod, verb) = (target.pod(), target.verb());
@@ -71,6 +83,7 @@ impl Opened {
             since: Instant::now(),
             node: node.clone(),
             verb,
+            closing,
             status: 0,
             end: End::AskerGone,
             bytes: Arc::default(),
@@ -84,6 +97,7 @@ impl Drop for Opened {
         let back = self.bytes.back.load(Ordering::Relaxed);
         self.metrics.closed(there, back);
         let end = match &self.end {
+            End::AskerGone if self.closing.is_cancelled() => "cloudcore closed the endpoint",
             End::AskerGone => "the asker left",
             End::Complete => "complete",
             End::Broken(why) => why,

@@ -104,6 +104,17 @@ impl Refused {
             }
         }
     }
+
+    /// It is not known who asks.
+    pub(super) fn is_stranger(&self) -> bool {
+        match self {
+            Refused::NoCredentials
+            | Refused::BadCredentials(_)
+            | Refused::NotAuthenticated(_)
+            | Refused::NoClientCa => true,
+            Refused::Forbidden { .. } | Refused::Method(_) | Refused::NotJudged { .. } => false,
+        }
+    }
 }
 
 /// What must be allowed: `verb` on one of the subresources of the Node.

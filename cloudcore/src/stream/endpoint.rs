@@ -1,8 +1,8 @@
 //! The endpoint of each node: this replica's address and a port of the node's own.
 //!
 //! - Owns: the ports and, until a listener takes them, the sockets bound to them.
-//! - Takes: names, from sessions (through `upstream`) and from the sweep; what Nodes reported when
-//!   this process began.
+//! - Takes: names, from sessions (through `upstream`) and from the sweep; what Nodes reported, and
+//!   which ports rested, when this process began.
 //! - Gives: what a Node reports ([`Endpoints`]); the sockets to the task that serves them.
 //! - Never: gives a node's port to another one, also across restarts, before it has rested; reports
 //!   a port that nobody listens on.
@@ -10,8 +10,10 @@
 use std::collections::HashSet;
 use std::net::{IpAddr, TcpListener};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use common::ids::NodeName;
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Node;
 use kube::api::ListParams;
 use kube::{Api, Client};
@@ -23,6 +25,7 @@ use tracing::warn;
 use super::Config;
 use super::address::{AddressType, Known, NoAddress};
 use super::ports::{PortRange, Ports};
+use super::replicas;
 use crate::kube::KubeError;
 use crate::nodes::birth::EDGE_LABEL;
 use crate::upstream::{Endpoint, Endpoints};
@@ -142,6 +145,7 @@ impl NodeEndpoints {
         let known = Known::find(config.address, config.listen, server).await;
         let endpoints = Self::at(known.choose()?, config.kind, config.ports);
         endpoints.adopt(client).await?;
+        endpoints.rest(client).await?;
         Ok(endpoints)
     }
 
@@ -184,6 +188,17 @@ impl NodeEndpoints {
         }
     }
 
+    /// Ports that were released shortly before a restart.
+    async fn rest(&self, client: &Client) -> Result<(), KubeError> {
+        let data = replicas::read(client.clone()).await?;
+        let resting = replicas::resting(&data, self.inner.address, Timestamp::now());
+        let (mut state, now) = (self.state(), Instant::now());
+        for (port, left) in resting {
+            state.ports.rest(port, now, left);
+        }
+        Ok(())
+    }
+
     fn adopt_one(&self, node: &Node) {
         let name = node.metadata.name.as_deref();
         let name = name.and_then(|name| NodeName::parse(name).ok());
@@ -215,6 +230,11 @@ impl NodeEndpoints {
     /// All nodes that have a port here.
     pub(super) fn nodes(&self) -> Vec<NodeName> {
         self.state().ports.nodes().cloned().collect()
+    }
+
+    /// The ports that rest, and for how long from now on.
+    pub(super) fn resting(&self) -> Vec<(u16, Duration)> {
+        self.state().ports.resting(Instant::now()).collect()
     }
 
     /// The node's port; from now on somebody listens on it.
@@ -324,6 +344,26 @@ mod tests {
         assert_eq!(endpoint.kubelet_port, 28_411);
         let entry = json!({"type": "InternalIP", "address": "127.0.0.1"});
         assert_eq!(endpoint.addresses, [entry]);
+    }
+
+    #[tokio::test]
+    async fn a_port_that_was_released_shortly_before_a_restart_still_rests() {
+        let fake = FakeApi::new();
+        let resting = vec![(28_441, Duration::from_secs(60))];
+        let told = replicas::told(LOOPBACK, resting, Timestamp::now());
+        let maps = "/api/v1/namespaces/edge-system/configmaps";
+        fake.put(&format!("{maps}/{}", replicas::MAP), json!({"data": told}));
+        let config = Config {
+            address: Some(LOOPBACK),
+            ports: "28441-28442".parse().unwrap(),
+            ..Config::default()
+        };
+        let server = http::Uri::from_static("https://127.0.0.1:6443");
+        let client = fake.client();
+        let endpoints = NodeEndpoints::find(&config, &server, &client).await;
+        let endpoints = endpoints.unwrap();
+        assert_eq!(endpoints.ensure(&node("a")), Some(28_442));
+        assert_eq!(endpoints.ensure(&node("b")), None);
     }
 
     #[tokio::test]

@@ -97,6 +97,12 @@ impl Metrics {
         self.0.endpoints.store(count as u64, Ordering::Relaxed);
     }
 
+    /// As last told.
+    pub(super) fn endpoints_now(&self) -> usize {
+        let count = self.0.endpoints.load(Ordering::Relaxed);
+        usize::try_from(count).unwrap_or(usize::MAX)
+    }
+
     pub fn numbers(&self) -> Numbers {
         let inner = &self.0;
         let opened = inner.opened.lock().unwrap_or_else(PoisonError::into_inner);

@@ -3,7 +3,8 @@
 //! - Owns: the ports of this replica's address, and which of them rest.
 //! - Takes: what edge Nodes reported before, names, the time.
 //! - Gives: one port a node, the same for as long as this lives.
-//! - Never: gives a port to another node within [`QUARANTINE`] of its last use; gives a kubelet's.
+//! - Never: gives a port to another node within [`QUARANTINE`] of its last use; gives a kubelet's,
+//!   but where it was told this one port.
 //!
 //! ```text
 //!   free ──assign──► a node's ──release──► in quarantine ──10 min──► free
@@ -19,9 +20,10 @@ use tokio::time::Instant;
 
 /// Whoever still holds the old Node object (an API server's cache, a scraper's list of targets)
 /// asks again well within this.
-const QUARANTINE: Duration = Duration::from_secs(600);
+pub(super) const QUARANTINE: Duration = Duration::from_secs(600);
 
-/// The kubelet's own ports and cAdvisor's old one: with the host's network a kubelet has them.
+/// The kubelet's own ports and cAdvisor's old one: with the host's network a kubelet has them, and
+/// tools that know them by number would take many nodes for one.
 const NEVER: &[u16] = &[4194, 10250, 10255];
 
 /// Ports in a row that somebody else has: then something else is wrong, such as no file descriptors.
@@ -36,7 +38,9 @@ pub struct PortRange {
 
 impl PortRange {
     fn contains(self, port: u16) -> bool {
-        (self.first..=self.last).contains(&port) && !NEVER.contains(&port)
+        // One port is one node's: whoever gives it means that node.
+        let may = !NEVER.contains(&port) || self.first == self.last;
+        may && (self.first..=self.last).contains(&port)
     }
 
     fn len(self) -> usize {
@@ -156,6 +160,23 @@ impl Ports {
         Some(port)
     }
 
+    /// A port was released before this process began, and rests for so long from now on.
+    pub(super) fn rest(&mut self, port: u16, now: Instant, left: Duration) {
+        if self.range.contains(port) && !self.taken.contains_key(&port) {
+            self.resting.insert(port, now + left.min(QUARANTINE));
+        }
+    }
+
+    /// The ports that rest, and for how long from now on.
+    pub(super) fn resting(&self, now: Instant) -> impl Iterator<Item = (u16, Duration)> {
+        let left = move |until: &Instant| until.saturating_duration_since(now);
+        let resting = self
+            .resting
+            .iter()
+            .map(move |(port, until)| (*port, left(until)));
+        resting.filter(|(_, left)| !left.is_zero())
+    }
+
     fn take(&mut self, node: &NodeName, port: u16) {
         self.of.insert(node.clone(), port);
         self.taken.insert(port, node.clone());
@@ -252,6 +273,35 @@ mod tests {
             .collect();
         assert_eq!(given.len(), 5);
         assert!(given.iter().all(|(port, _)| !NEVER.contains(port)));
+    }
+
+    #[test]
+    fn a_kubelets_port_is_given_where_it_is_the_only_one() {
+        let now = Instant::now();
+        for never in NEVER {
+            let mut ports = ports(&format!("{never}-{never}"));
+            assert_eq!(ports.assign(&node("a"), now, any), Some((*never, *never)));
+            assert_eq!(ports.assign(&node("b"), now, any), None);
+        }
+        let mut again = ports("10250-10250");
+        assert!(again.adopt(&node("a"), 10_250));
+        let mut two = ports("10250-10251");
+        assert_eq!(two.assign(&node("a"), now, any), Some((10_251, 10_251)));
+    }
+
+    #[test]
+    fn a_port_that_was_released_before_this_process_began_rests_for_what_is_left() {
+        let (mut ports, now) = (ports("20000-20001"), Instant::now());
+        ports.adopt(&node("a"), 20_000);
+        ports.rest(20_000, now, QUARANTINE);
+        ports.rest(20_001, now, Duration::from_secs(60));
+        ports.rest(20_002, now, QUARANTINE);
+        let resting: Vec<_> = ports.resting(now).collect();
+        assert_eq!(resting, [(20_001, Duration::from_secs(60))]);
+        assert_eq!(ports.assign(&node("b"), now, any), None);
+        let after = now + Duration::from_secs(60);
+        assert_eq!(ports.resting(after).count(), 0);
+        assert_eq!(ports.assign(&node("b"), after, any), Some((20_001, 20_001)));
     }
 
     #[test]

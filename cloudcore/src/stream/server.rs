@@ -3,11 +3,13 @@
 //! - Owns: the connections of its ports; they end with their listener.
 //! - Takes: whoever dials. The port alone says which node is meant.
 //! - Gives: requests to `auth` and, when they may, to `tunnel`; answers and refusals.
-//! - Never: waits for a handshake or an idle connection without end; takes a name, a host or a path
-//!   for the node.
+//! - Never: waits for a handshake, a stranger or an idle connection without end; takes a name, a
+//!   host or a path for the node.
 //!
 //! A client certificate is asked for and not demanded, and TLS checks only that the client holds its
 //! key: a wrong one then gets `401` with words, as of a kubelet, and not a broken connection.
+
+mod connections;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -25,32 +27,36 @@ use rustls::AlertDescription;
 use rustls::pki_types::CertificateDer;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
+use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use super::auth::{Auth, Refused, attributes};
 use super::metrics::{Metrics, Reason};
 use super::serving::ServingTls;
-use super::tunnel::{Answer, Left, NoAnswer, Splice, Tunnels, text};
+use super::tunnel::{Answer, Left, NoAnswer, Splice, Tunnels, readable, text};
+use connections::{Connections, OF_A_NODE};
 
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Handshakes under way on all ports, and on one: whoever stalls there holds up one node's callers,
 /// for ten seconds.
 const ALL_HANDSHAKES: usize = 512;
 const HANDSHAKES: usize = 32;
-/// Of one node: its tunnels, as many idle ones of API servers and scrapers.
-const CONNECTIONS: usize = 128;
-/// Of all nodes, at about 30 KB when idle.
-const ALL_CONNECTIONS: usize = 4096;
+/// For a connection's first head: until then it is a stranger's. Whose request then turns out to be
+/// nobody's loses the connection with the answer.
+const STRANGER: Duration = Duration::from_secs(10);
 /// For a head to come in whole, and between two requests.
 const IDLE: Duration = Duration::from_secs(60);
 /// A peer whose machine vanished is noticed within two minutes, also in the middle of a silent
-/// `logs -f`.
+/// `logs -f`. While bytes are on their way to it the kernel's retransmissions take the place of
+/// these, and give up within a quarter of an hour. `TCP_USER_TIMEOUT` would be sooner, but ends
+/// readers that stand still and answer every probe as well (seen on Linux 6.18).
 const PROBE: Duration = Duration::from_secs(30);
+const PROBES: u32 = 3;
 
 /// What all ports share.
 pub(super) struct Server {
@@ -59,7 +65,15 @@ pub(super) struct Server {
     tunnels: Tunnels,
     metrics: Metrics,
     handshakes: Semaphore,
-    connections: Semaphore,
+    connections: Connections,
+}
+
+/// What the connections of one port share.
+struct Port {
+    node: NodeName,
+    shaking: Semaphore,
+    /// Cancelled when its listener ends.
+    closing: CancellationToken,
 }
 
 impl Server {
@@ -70,34 +84,48 @@ impl Server {
             tunnels,
             metrics,
             handshakes: Semaphore::new(ALL_HANDSHAKES),
-            connections: Semaphore::new(ALL_CONNECTIONS),
+            connections: Connections::of_this_process(),
         }
     }
 
-    /// Serves one node's port; dropped, its connections and tunnels end.
-    pub(super) async fn listen(self: Arc<Self>, node: NodeName, listener: TcpListener) {
-        let here = Arc::new(Semaphore::new(CONNECTIONS));
-        let shaking = Arc::new(Semaphore::new(HANDSHAKES));
+    /// Serves one node's port; dropped, its connections and tunnels end. `closing` may be cancelled
+    /// before that: what then ends is known to end by us.
+    pub(super) async fn listen(
+        self: Arc<Self>,
+        node: NodeName,
+        listener: TcpListener,
+        closing: CancellationToken,
+    ) {
+        let here = Arc::new(Semaphore::new(OF_A_NODE));
+        let port = Arc::new(Port {
+            node,
+            shaking: Semaphore::new(HANDSHAKES),
+            closing,
+        });
         let mut connections = JoinSet::new();
+        // Dropped before the connections are.
+        let _closes = port.closing.clone().drop_guard();
         loop {
             tokio::select! {
                 biased;
                 Some(_) = connections.join_next(), if !connections.is_empty() => {}
                 (place, accepted) = async {
+                    if here.available_permits() == 0 {
+                        self.connections.node_is_full(&port.node);
+                    }
                     let place = here.clone().acquire_owned().await.ok();
                     (place, listener.accept().await)
                 } => match accepted {
                     Ok((stream, _)) => {
-                        let (server, node) = (self.clone(), node.clone());
-                        let shaking = shaking.clone();
+                        let (server, port) = (self.clone(), port.clone());
                         connections.spawn(async move {
-                            server.connection(&node, stream, &shaking).await;
+                            server.connection(&port, stream).await;
                             drop(place);
                         });
                     }
                     // Out of file descriptors, most likely: without a pause this would spin.
                     Err(error) => {
-                        debug!(%node, %error, "a connection was not accepted");
+                        debug!(node = %port.node, %error, "a connection was not accepted");
                         tokio::time::sleep(Duration::from_millis(100)).await;
                     }
                 },
@@ -105,19 +133,19 @@ impl Server {
         }
     }
 
-    async fn connection(&self, node: &NodeName, stream: TcpStream, shaking: &Semaphore) {
-        let Ok(_place) = self.connections.try_acquire() else {
+    async fn connection(&self, port: &Port, stream: TcpStream) {
+        let Some(_place) = self.connections.take(self.metrics.endpoints_now()) else {
             self.metrics.refused(Reason::Handshake);
             return;
         };
-        let stream = match timeout(HANDSHAKE, self.handshake(stream, shaking)).await {
+        let stream = match timeout(HANDSHAKE, self.handshake(stream, &port.shaking)).await {
             Ok(Some(stream)) => stream,
             Ok(None) | Err(_) => {
                 self.metrics.refused(Reason::Handshake);
                 return;
             }
         };
-        if let Some(splice) = self.serve(node, stream).await {
+        if let Some(splice) = self.serve(port, stream).await {
             splice.run().await;
         }
     }
@@ -127,9 +155,7 @@ impl Server {
         stream: TcpStream,
         shaking: &Semaphore,
     ) -> Option<TlsStream<ReadAhead<TcpStream>>> {
-        let probes = TcpKeepalive::new().with_time(PROBE).with_interval(PROBE);
-        // Without them the connection only lives longer.
-        let _ = SockRef::from(&stream).set_tcp_keepalive(&probes);
+        probe(&stream);
         let _ = stream.set_nodelay(true);
         let _here = shaking.acquire().await;
         let _place = self.handshakes.acquire().await;
@@ -150,17 +176,16 @@ impl Server {
     }
 
     /// Answers the connection's requests; what an upgrade leaves is given back.
-    async fn serve(
-        &self,
-        node: &NodeName,
-        stream: TlsStream<ReadAhead<TcpStream>>,
-    ) -> Option<Splice> {
+    async fn serve(&self, port: &Port, stream: TlsStream<ReadAhead<TcpStream>>) -> Option<Splice> {
+        let node = &port.node;
         let chain = stream.get_ref().1.peer_certificates();
         let chain: Vec<CertificateDer<'static>> = chain.unwrap_or_default().to_vec();
         let left = Mutex::new(None);
+        let came = Notify::new();
         let (stream, gate) = gate(stream);
         let service = service_fn(|request| async {
-            let (answer, splice) = self.answer(node, &chain, request).await;
+            came.notify_one();
+            let (answer, splice) = self.answer(port, &chain, request).await;
             *left.lock().unwrap_or_else(PoisonError::into_inner) = splice;
             Ok::<_, std::convert::Infallible>(answer.map(|body| gate.before(body)))
         });
@@ -169,26 +194,36 @@ impl Server {
             .header_read_timeout(IDLE)
             .max_buf_size(LONGEST_HEAD)
             .serve_connection(TokioIo::new(stream), service)
-            .with_upgrades()
-            .await;
-        if let Err(error) = served {
-            debug!(%node, %error, "a connection ended early");
+            .with_upgrades();
+        let stays_strange = async {
+            if timeout(STRANGER, came.notified()).await.is_ok() {
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            served = served => if let Err(error) = served {
+                debug!(%node, %error, "a connection ended early");
+            },
+            () = stays_strange => {
+                self.metrics.refused(Reason::Unauthenticated);
+                debug!(%node, "a connection asked nothing");
+            }
         }
         left.into_inner().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn answer(
         &self,
-        node: &NodeName,
+        port: &Port,
         chain: &[CertificateDer<'static>],
         request: Request<Incoming>,
     ) -> (Answer, Left) {
-        match self.judged(node, chain, request).await {
+        match self.judged(port, chain, request).await {
             Ok(carried) => carried,
             Err(refusal) => {
                 self.metrics.refused(refusal.reason());
                 if let Refusal::Auth(error) = &refusal {
-                    debug!(%node, error = %crate::chain(error), "a request was refused");
+                    debug!(node = %port.node, error = %crate::chain(error), "a request was refused");
                 }
                 (refusal.answer(), None)
             }
@@ -197,16 +232,22 @@ impl Server {
 
     async fn judged(
         &self,
-        node: &NodeName,
+        port: &Port,
         chain: &[CertificateDer<'static>],
         request: Request<Incoming>,
     ) -> Result<(Answer, Left), Refusal> {
+        let node = &port.node;
         let user = self.auth.authenticate(chain, request.headers()).await?;
         let target = Target::parse(request.uri().path());
         let asked = attributes(request.method(), target.as_ref())?;
         self.auth.authorize(&user, node, asked).await?;
         let target = target.ok_or(Refusal::UnknownPath)?;
-        Ok(self.tunnels.carry(node, &user, &target, request).await?)
+        let carried = self
+            .tunnels
+            .carry(node, &user, &target, &port.closing, request);
+        carried
+            .await
+            .map_err(|none| Refusal::NoAnswer(none, target))
     }
 }
 
@@ -214,18 +255,12 @@ impl Server {
 enum Refusal {
     Auth(Refused),
     UnknownPath,
-    NoAnswer(NoAnswer),
+    NoAnswer(NoAnswer, Target),
 }
 
 impl From<Refused> for Refusal {
     fn from(refused: Refused) -> Self {
         Refusal::Auth(refused)
-    }
-}
-
-impl From<NoAnswer> for Refusal {
-    fn from(none: NoAnswer) -> Self {
-        Refusal::NoAnswer(none)
     }
 }
 
@@ -240,7 +275,7 @@ impl Refusal {
                 }
             },
             Refusal::UnknownPath => Reason::UnknownPath,
-            Refusal::NoAnswer(none) => none.reason(),
+            Refusal::NoAnswer(none, _) => none.reason(),
         }
     }
 
@@ -248,7 +283,10 @@ impl Refusal {
         let (status, words, retry_after) = match self {
             Refusal::Auth(refused) => (refused.status(), refused.to_string(), None),
             Refusal::UnknownPath => (StatusCode::NOT_FOUND, "404 page not found".to_owned(), None),
-            Refusal::NoAnswer(none) => (none.status(), none.to_string(), none.retry_after()),
+            Refusal::NoAnswer(none, target) => {
+                let status = readable(target, none.status());
+                (status, none.to_string(), none.retry_after())
+            }
         };
         let mut answer = Response::new(text(format!("{words}\n")));
         *answer.status_mut() = status;
@@ -260,8 +298,21 @@ impl Refusal {
         if let Some(seconds) = retry_after {
             headers.insert(header::RETRY_AFTER, seconds.into());
         }
+        if matches!(self, Refusal::Auth(refused) if refused.is_stranger()) {
+            // A place is not kept for nobody.
+            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
         answer
     }
+}
+
+/// Without it the connection only lives longer.
+fn probe(stream: &TcpStream) {
+    let probes = TcpKeepalive::new()
+        .with_time(PROBE)
+        .with_interval(PROBE)
+        .with_retries(PROBES);
+    let _ = SockRef::from(stream).set_tcp_keepalive(&probes);
 }
 
 /// The peer does not believe our certificate: an API server that was given
@@ -277,4 +328,23 @@ fn is_mistrust(error: &std::io::Error) -> bool {
                 | AlertDescription::UnknownCA
         ))
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_peer_that_vanished_is_noticed_within_two_minutes() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).await;
+        let stream = stream.unwrap();
+        probe(&stream);
+        let socket = SockRef::from(&stream);
+        let (time, interval) = (socket.tcp_keepalive_time(), socket.tcp_keepalive_interval());
+        let retries = socket.tcp_keepalive_retries().unwrap();
+        let noticed = time.unwrap() + interval.unwrap() * retries;
+        assert!(socket.keepalive().unwrap());
+        assert!(noticed <= Duration::from_secs(120), "{noticed:?}");
+    }
 }

@@ -1,29 +1,29 @@
 //! Nodes whose address leads nowhere, or soon to somebody else: once a minute they are pointed here.
 //!
-//! - Owns: this replica's entry in ConfigMap `edge-system/cloudcore-endpoints`, by which the others
-//!   know that its address is alive.
+//! - Owns: this replica's entries in ConfigMap `edge-system/cloudcore-endpoints`, by which the others
+//!   know that its address is alive, and itself after a restart which of its ports rest.
 //! - Takes: what Nodes report, as the watch saw it; which sessions are here; Leases.
 //! - Gives: Nodes of lost replicas to this one; the word to `upstream` where a session's Node reports
 //!   something else; ports back of nodes that are served elsewhere or enrolled no more.
 //! - Never: touches a Node whose Lease is live or whose address a living replica has; writes without
 //!   the resourceVersion that it decided by.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use common::ids::NodeName;
 use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{ConfigMap, Node};
+use k8s_openapi::api::core::v1::Node;
+use kube::Client;
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::core::params::GetParams;
 use kube::core::request::Request;
-use kube::{Api, Client};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::endpoint::{NodeEndpoints, Reported};
+use super::replicas::{self, MAP};
 use crate::downstream::Downstream;
 use crate::enroll::cache::Enrolments;
 use crate::hub::registry::Registry;
@@ -32,16 +32,10 @@ use crate::nodes::claim::{Held, NAMESPACE as LEASES};
 use crate::upstream::Upstream;
 
 const EVERY: Duration = Duration::from_secs(60);
-/// Three times [`EVERY`], for clocks differ and an API server may be away for a moment.
-const ALIVE_FOR: Duration = Duration::from_secs(180);
-/// Entries of replicas that are long gone are taken away.
-const FORGOTTEN_AFTER: Duration = Duration::from_secs(86_400);
 /// Nodes pointed here in one sweep: those of a lost replica have all lapsed at once, and each is a
 /// write that every watcher of Nodes sees.
 const AT_ONCE: usize = 50;
 const BETWEEN: Duration = Duration::from_millis(100);
-
-const MAP: &str = "cloudcore-endpoints";
 
 /// What is to be done about a node, as far as the watches tell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -246,73 +240,28 @@ impl Sweep {
         }
     }
 
-    /// Says that this replica's address lives, and gives all that do.
+    /// Says that this replica's address lives and which of its ports rest, and gives all addresses
+    /// that live.
     async fn alive(&self) -> Result<Vec<String>, KubeError> {
-        let maps: Api<ConfigMap> = Api::namespaced(self.client.clone(), NAMESPACE);
-        let (now, ours) = (Timestamp::now(), self.endpoints.address().to_string());
-        let patch = Patch::Merge(json!({"data": {key(&ours): now.to_string()}}));
+        let (maps, now) = (replicas::maps(self.client.clone()), Timestamp::now());
+        let told = replicas::told(self.endpoints.address(), self.endpoints.resting(), now);
+        let patch = Patch::Merge(json!({"data": told}));
         let telling = || KubeError::api(format!("writing ConfigMap {NAMESPACE}/{MAP}"));
         let written = match maps.patch(MAP, &PatchParams::default(), &patch).await {
             Err(error) if is_absent(&error) => {
-                let map = map(BTreeMap::from([(key(&ours), now.to_string())]));
+                let map = replicas::map(told);
                 maps.create(&PostParams::default(), &map).await
             }
             other => other,
         };
         let data = written.map_err(telling())?.data.unwrap_or_default();
-        let old = forgotten(&data, now);
+        let old = replicas::forgotten(&data, now);
         if !old.is_null() {
             let patch = Patch::Merge(json!({"data": old}));
             let taken = maps.patch(MAP, &PatchParams::default(), &patch).await;
             taken.map_err(telling())?;
         }
-        Ok(living(&data, now))
-    }
-}
-
-/// The keys of a ConfigMap have no colons, IPv6 addresses have.
-fn key(address: &str) -> String {
-    address.replace(':', "_")
-}
-
-fn age(entry: &str, now: Timestamp) -> Option<Duration> {
-    let at: Timestamp = entry.parse().ok()?;
-    let seconds = now.as_second().saturating_sub(at.as_second());
-    Some(Duration::from_secs(u64::try_from(seconds).unwrap_or(0)))
-}
-
-fn living(data: &BTreeMap<String, String>, now: Timestamp) -> Vec<String> {
-    let lives = |at: &str| age(at, now).is_some_and(|age| age < ALIVE_FOR);
-    data.iter()
-        .filter(|(_, at)| lives(at))
-        .map(|(key, _)| key.replace('_', ":"))
-        .collect()
-}
-
-/// A patch of the data that takes away what is long gone or unreadable; null when there is none.
-fn forgotten(data: &BTreeMap<String, String>, now: Timestamp) -> Value {
-    let gone = |at: &str| age(at, now).is_none_or(|age| age > FORGOTTEN_AFTER);
-    let gone: serde_json::Map<_, _> = data
-        .iter()
-        .filter(|(_, at)| gone(at))
-        .map(|(key, _)| (key.clone(), Value::Null))
-        .collect();
-    if gone.is_empty() {
-        Value::Null
-    } else {
-        gone.into()
-    }
-}
-
-fn map(data: BTreeMap<String, String>) -> ConfigMap {
-    ConfigMap {
-        metadata: kube::api::ObjectMeta {
-            name: Some(MAP.into()),
-            namespace: Some(NAMESPACE.into()),
-            ..kube::api::ObjectMeta::default()
-        },
-        data: Some(data),
-        ..ConfigMap::default()
+        Ok(replicas::living(&data, now))
     }
 }
 
@@ -328,7 +277,175 @@ fn repointing((uid, version): (&str, &str), entry: &Value, port: u16) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use std::net::{IpAddr, Ipv4Addr};
+    use std::sync::Arc;
+
+    use common::pki::{ClusterId, KeyId};
+    use tokio::sync::mpsc;
+    use tokio_util::task::AbortOnDropHandle;
+
     use super::*;
+    use crate::downstream::{self, Clients};
+    use crate::enroll::record::{EnrolmentSpec, Key, record};
+    use crate::kube::fake::FakeApi;
+    use crate::nodes::birth::EDGE_LABEL;
+    use crate::stream::AddressType;
+    use crate::stream::testing::watching;
+    use crate::upstream::{self, KubeWriter};
+    use crate::views::LiveState;
+
+    const NODE: &str = "/api/v1/nodes/shop-7";
+    const LEASE: &str = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/shop-7";
+    const LOST: &str = "192.0.2.7";
+
+    #[derive(Clone)]
+    struct Watched(Client);
+
+    impl Clients for Watched {
+        fn own(&self) -> Client {
+            self.0.clone()
+        }
+
+        fn own_watch(&self) -> Client {
+            self.0.clone()
+        }
+
+        fn mark_as_node(request: &mut http::Request<kube::client::Body>, node: &NodeName) {
+            KubeClients::mark_as_node(request, node);
+        }
+    }
+
+    struct Bed {
+        fake: FakeApi,
+        sweep: Sweep,
+        _tasks: [AbortOnDropHandle<()>; 2],
+    }
+
+    impl Bed {
+        /// A replica at 127.0.0.1, and the Node of an enrolled device that is away, which leads to
+        /// [`LOST`].
+        async fn start(ports: &str) -> Self {
+            let (fake, node) = (FakeApi::new(), NodeName::parse("shop-7").unwrap());
+            let reported = json!({
+                "metadata": {"labels": {EDGE_LABEL: ""}},
+                "status": {"addresses": [{"type": "InternalIP", "address": LOST}],
+                    "daemonEndpoints": {"kubeletEndpoint": {"Port": 20_003}}},
+            });
+            fake.put(NODE, reported);
+            let spec = EnrolmentSpec {
+                keys: vec![Key::build(KeyId([1; 32]), Timestamp::UNIX_EPOCH)],
+                ..EnrolmentSpec::default()
+            };
+            let enrolment = serde_json::to_value(record(&node, spec, None)).unwrap();
+            let enrolments = "/apis/fleet.cloudcore.io/v1alpha1/namespaces/edge-system/enrolments";
+            fake.put(&format!("{enrolments}/shop-7"), enrolment);
+            // Of watches nothing comes: what is written here is not seen.
+            let client = watching(&fake, mpsc::unbounded_channel().1);
+            let cluster = ClusterId::parse("c1").unwrap();
+            let (enrolments, enrolling) =
+                Enrolments::build(client.clone(), client.clone(), cluster);
+            let (downstream, feeding) = downstream::build(
+                downstream::Config::default(),
+                Watched(client.clone()),
+                enrolments.names(),
+                mpsc::channel(1).0,
+            );
+            let deps = upstream::Deps {
+                writer: Arc::new(KubeWriter::new(client.clone(), KubeClients::mark_as_node)),
+                pods: Arc::new(LiveState(downstream.clone())),
+                nodes: Arc::new(LiveState(downstream.clone())),
+                endpoints: None,
+                clock: Arc::new(Timestamp::now),
+            };
+            let (upstream, _) = upstream::build(&upstream::Config::default(), deps);
+            let enrolling = tokio::spawn(enrolling.run(CancellationToken::new()));
+            let feeding = tokio::spawn(async move {
+                feeding.run(CancellationToken::new()).await.unwrap();
+            });
+            let here = IpAddr::V4(Ipv4Addr::LOCALHOST);
+            let endpoints = NodeEndpoints::at(here, AddressType::default(), ports.parse().unwrap());
+            let seen = async {
+                enrolments.synced().await;
+                while downstream.node(&node).is_none() {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            };
+            let seen = tokio::time::timeout(Duration::from_secs(10), seen).await;
+            seen.expect("the Node is seen");
+            Self {
+                fake,
+                sweep: Sweep {
+                    endpoints,
+                    client,
+                    registry: Registry::default(),
+                    enrolments,
+                    downstream,
+                    upstream,
+                },
+                _tasks: [enrolling, feeding].map(AbortOnDropHandle::new),
+            }
+        }
+
+        async fn look(&self, alive: &[&str]) {
+            let alive: Vec<_> = alive.iter().map(|a| (*a).to_owned()).collect();
+            self.sweep.look(&alive).await;
+        }
+
+        /// Port and address that the Node reports.
+        fn leads_to(&self) -> (Value, Value) {
+            let status = &self.fake.get(NODE).unwrap()["status"];
+            let address = status["addresses"].as_array().unwrap().last().unwrap();
+            let port = &status["daemonEndpoints"]["kubeletEndpoint"]["Port"];
+            (address["address"].clone(), port.clone())
+        }
+    }
+
+    #[tokio::test]
+    async fn the_node_of_a_lost_replica_is_pointed_here_while_its_device_is_away() {
+        let bed = Bed::start("28451-28451").await;
+        let lost = (json!(LOST), json!(20_003));
+        bed.look(&["127.0.0.1", LOST]).await;
+        assert_eq!(bed.leads_to(), lost, "its replica lives");
+        bed.fake.put(
+            LEASE,
+            json!({"spec": {"holderIdentity": "shop-7", "leaseTransitions": 1,
+                "leaseDurationSeconds": 40, "renewTime": Timestamp::now().to_string()},
+                "metadata": {"annotations": {"fleet.cloudcore.io/session": "r/s"}}}),
+        );
+        bed.look(&["127.0.0.1"]).await;
+        assert_eq!(bed.leads_to(), lost, "its session is elsewhere");
+        bed.fake.put(LEASE, json!({"spec": {}}));
+        bed.look(&["127.0.0.1"]).await;
+        assert_eq!(bed.leads_to(), (json!("127.0.0.1"), json!(28_451)));
+        // And somebody listens there, who says that the node is away.
+        assert!(std::net::TcpStream::connect("127.0.0.1:28451").is_ok());
+    }
+
+    #[tokio::test]
+    async fn what_somebody_else_wrote_meanwhile_stays() {
+        let bed = Bed::start("28452-28452").await;
+        let mut node = bed.fake.get(NODE).unwrap();
+        node["status"]["addresses"] = json!([{"type": "InternalIP", "address": "192.0.2.9"}]);
+        bed.fake.put(NODE, node);
+        bed.look(&["127.0.0.1"]).await;
+        assert_eq!(bed.leads_to().0, "192.0.2.9");
+    }
+
+    #[tokio::test]
+    async fn ports_that_rest_are_told_beside_the_address() {
+        let bed = Bed::start("28453-28453").await;
+        let node = NodeName::parse("shop-8").unwrap();
+        bed.sweep.endpoints.ensure(&node).unwrap();
+        // Nobody has enrolled it.
+        bed.sweep.let_go();
+        for _ in 0..2 {
+            assert_eq!(bed.sweep.alive().await.unwrap(), ["127.0.0.1"]);
+            let path = format!("/api/v1/namespaces/{NAMESPACE}/configmaps/{MAP}");
+            let data = bed.fake.get(&path).unwrap()["data"].clone();
+            let told: Vec<_> = data.as_object().unwrap().keys().collect();
+            assert_eq!(told, ["127.0.0.1", "port-28453-127.0.0.1"]);
+        }
+    }
 
     #[test]
     fn a_node_is_looked_at_by_what_it_reports_and_where_its_session_is() {
@@ -350,25 +467,6 @@ mod tests {
         ] {
             assert_eq!(verdict(lease, address), want);
         }
-    }
-
-    #[test]
-    fn replicas_that_said_so_lately_live_and_old_ones_are_forgotten() {
-        let now: Timestamp = "2026-01-02T00:10:00Z".parse().unwrap();
-        let data: BTreeMap<String, String> = [
-            ("10.0.0.1", "2026-01-02T00:09:00Z"),
-            ("fd00__1", "2026-01-02T00:10:30Z"),
-            ("10.0.0.2", "2026-01-02T00:06:00Z"),
-            ("10.0.0.3", "2026-01-01T00:00:00Z"),
-            ("10.0.0.4", "yesterday"),
-        ]
-        .map(|(key, at)| (key.to_owned(), at.to_owned()))
-        .into();
-        assert_eq!(living(&data, now), ["10.0.0.1", "fd00::1"]);
-        let old = forgotten(&data, now);
-        assert_eq!(old, json!({"10.0.0.3": null, "10.0.0.4": null}));
-        assert!(forgotten(&BTreeMap::new(), now).is_null());
-        assert_eq!(key("fd00::1"), "fd00__1");
     }
 
     #[test]

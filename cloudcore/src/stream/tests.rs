@@ -158,6 +158,27 @@ fn edge(connection: Connection) -> Edge {
     }
 }
 
+/// A stolen device: it shows a page, and says `101` to whatever else it is asked.
+fn stolen(connection: Connection) -> AbortOnDropHandle<()> {
+    const PAGE: &[u8] =
+        b"HTTP/1.1 200 OK\r\ncontent-type: text/html\r\ncontent-length: 8\r\n\r\n<script>";
+    const SWITCHED: &[u8] =
+        b"HTTP/1.1 101 Switching Protocols\r\nconnection: Upgrade\r\nupgrade: SPDY/3.1\r\n\r\n";
+    AbortOnDropHandle::new(tokio::spawn(async move {
+        let mut held = Vec::new();
+        while let Ok(incoming) = connection.accept().await {
+            let mut stream = Duplex::new(incoming.send, incoming.recv);
+            let mut head = [0; 1024];
+            let length = stream.read(&mut head).await.unwrap();
+            let page = head[..length].starts_with(b"GET /stats/summary");
+            let answer = if page { PAGE } else { SWITCHED };
+            stream.write_all(answer).await.unwrap();
+            stream.flush().await.unwrap();
+            held.push(stream);
+        }
+    }))
+}
+
 type DeviceAnswer = Response<UnsyncBoxBody<Bytes, Infallible>>;
 
 async fn device_answer(
@@ -166,10 +187,17 @@ async fn device_answer(
 ) -> Result<DeviceAnswer, Infallible> {
     let said = |text: &'static str| Full::new(Bytes::from(text)).boxed_unsync();
     let path = request.uri().path().to_owned();
+    if path.ends_with("/busy") {
+        let answer = Response::builder().status(StatusCode::SERVICE_UNAVAILABLE);
+        return Ok(answer.body(said("the runtime is away")).unwrap());
+    }
     if path.starts_with("/exec/") {
         let upgrade = hyper::upgrade::on(&mut request);
         tokio::spawn(async move {
-            let mut stream = TokioIo::new(upgrade.await.unwrap());
+            let Ok(upgraded) = upgrade.await else {
+                return;
+            };
+            let mut stream = TokioIo::new(upgraded);
             let mut buffer = [0; 1024];
             while let Ok(length @ 1..) = stream.read(&mut buffer).await {
                 if stream.write_all(&buffer[..length]).await.is_err() {
@@ -223,7 +251,7 @@ struct Bed {
     ca: Ca,
     address: SocketAddr,
     mistrusted: Arc<Notify>,
-    _task: AbortOnDropHandle<()>,
+    task: AbortOnDropHandle<()>,
 }
 
 fn cluster() -> ClusterId {
@@ -242,7 +270,8 @@ impl Bed {
         let auth = Auth::new(ClientCa::fixed(&root.pem()), Reviews::new(judge.client()));
         let tunnels = Tunnels::new(registry.clone(), metrics.clone());
         let server = Arc::new(Server::new(tls, auth, tunnels, metrics.clone()));
-        let task = AbortOnDropHandle::new(tokio::spawn(server.listen(node(), listener)));
+        let listening = server.listen(node(), listener, CancellationToken::new());
+        let task = AbortOnDropHandle::new(tokio::spawn(listening));
         Self {
             root,
             judge,
@@ -251,12 +280,17 @@ impl Bed {
             ca,
             address,
             mistrusted,
-            _task: task,
+            task,
         }
     }
 
     /// A session of the node over a real hub.
     async fn device(&self) -> (Edge, CancellationToken) {
+        let (device, stop) = self.session().await;
+        (edge(device), stop)
+    }
+
+    async fn session(&self) -> (Connection, CancellationToken) {
         let server = self.ca.issue_server(&cluster(), hour(), &[]).unwrap();
         let tls = ServerTls::new(&server, &[self.ca.certificate().clone()]).unwrap();
         let config = ListenConfig {
@@ -291,7 +325,7 @@ impl Bed {
             panic!("no session came");
         };
         self.registry.enter(node(), connection, 0);
-        (edge(device.unwrap()), stop)
+        (device.unwrap(), stop)
     }
 
     async fn connect(&self, identity: Option<Identity>) -> Asker {
@@ -327,7 +361,7 @@ impl Bed {
         });
         Ok(Asker {
             sender,
-            _driver: AbortOnDropHandle::new(driver),
+            driver: AbortOnDropHandle::new(driver),
         })
     }
 
@@ -352,7 +386,7 @@ impl Bed {
 /// Whoever dials the endpoint.
 struct Asker {
     sender: SendRequest<Empty<Bytes>>,
-    _driver: AbortOnDropHandle<()>,
+    driver: AbortOnDropHandle<()>,
 }
 
 impl Asker {
@@ -391,13 +425,14 @@ async fn whoever_shows_nothing_or_something_wrong_is_not_known() {
     let forged = ClientRoot::new().client("admin", &["system:masters"]);
     let (status, _) = bed.connect(Some(forged)).await.get("/pods").await;
     assert_eq!(status, StatusCode::UNAUTHORIZED);
-    let mut stranger = bed.connect(None).await;
     let request = || Request::get("/metrics").header("authorization", "Bearer bad");
     for _ in 0..3 {
-        assert_eq!(
-            stranger.send(request()).await.status(),
-            StatusCode::UNAUTHORIZED
-        );
+        let mut stranger = bed.connect(None).await;
+        let answer = stranger.send(request()).await;
+        assert_eq!(answer.status(), StatusCode::UNAUTHORIZED);
+        assert_eq!(answer.headers()["connection"], "close");
+        let closed = soon("the connection's end", stranger.driver).await;
+        closed.unwrap();
     }
     assert_eq!(bed.judge.count(), 1, "a bad token costs one review");
     assert_eq!(bed.refused(Reason::Unauthenticated), 5);
@@ -618,4 +653,154 @@ async fn a_client_that_does_not_believe_the_certificate_is_noticed() {
     assert!(bed.connect_trusting(roots, None).await.is_err());
     soon("word of it", bed.mistrusted.notified()).await;
     assert_eq!(bed.refused(Reason::Handshake), 1);
+}
+
+/// What is logged on this thread.
+#[derive(Clone, Default)]
+struct Logged(Arc<Mutex<Vec<u8>>>);
+
+impl Logged {
+    fn from_now_on() -> (Self, tracing::subscriber::DefaultGuard) {
+        let logged = Self::default();
+        let sink = logged.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .with_ansi(false)
+            .with_writer(move || sink.clone())
+            .finish();
+        let guard = tracing::subscriber::set_default(subscriber);
+        (logged, guard)
+    }
+
+    fn lines(&self, with: &str) -> Vec<String> {
+        let all = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
+        let lines = all.lines().filter(|line| line.contains(with));
+        lines.map(ToOwned::to_owned).collect()
+    }
+}
+
+impl std::io::Write for Logged {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_log_of_an_absent_node_is_refused_with_words_that_its_reader_gets() {
+    let bed = Bed::start().await;
+    let mut admin = bed.as_user("admin").await;
+    // The API server hands the words of a 500 on, and of a 503 throws them away.
+    let (status, words) = admin.get("/containerLogs/default/web-0/main").await;
+    assert_eq!(status, StatusCode::INTERNAL_SERVER_ERROR);
+    assert!(words.starts_with("node shop-7 is not connected"), "{words}");
+    assert_eq!(bed.refused(Reason::NotConnected), 1);
+    let (_edge, _stop) = bed.device().await;
+    let (status, words) = admin.get("/containerLogs/default/web-0/busy").await;
+    assert_eq!(status, StatusCode::INTERNAL_SERVER_ERROR);
+    assert_eq!(words, "the runtime is away");
+}
+
+#[tokio::test]
+async fn a_stolen_device_shows_no_page_and_switches_no_protocol_unasked() {
+    let bed = Bed::start().await;
+    let (device, _stop) = bed.session().await;
+    let _device = stolen(device);
+    let mut admin = bed.as_user("admin").await;
+    let page = admin.send(Request::get("/stats/summary")).await;
+    assert_eq!(page.headers()["content-type"], "text/plain; charset=utf-8");
+    assert_eq!(page.headers()["x-content-type-options"], "nosniff");
+    drop(page.into_body().collect().await);
+    let upgrade = |path: &str| {
+        Request::get(path)
+            .header("connection", "Upgrade")
+            .header("upgrade", "SPDY/3.1")
+    };
+    for request in [
+        Request::get("/metrics/probes"),
+        upgrade("/metrics/probes"),
+        Request::post("/exec/default/web-0/main?command=sh&output=1"),
+    ] {
+        let mut admin = bed.as_user("admin").await;
+        let answer = admin.send(request).await;
+        assert_eq!(answer.status(), StatusCode::BAD_GATEWAY);
+        let words = answer.into_body().collect().await.unwrap().to_bytes();
+        let words = String::from_utf8_lossy(&words);
+        assert!(
+            words.starts_with("node shop-7 switched protocols"),
+            "{words}"
+        );
+    }
+    assert_eq!(bed.refused(Reason::NoAnswer), 3);
+}
+
+#[tokio::test]
+async fn what_cloudcore_ends_itself_is_counted_and_told_as_that() {
+    let (logged, _guard) = Logged::from_now_on();
+    let mut bed = Bed::start().await;
+    let (_edge, _stop) = bed.device().await;
+    let mut admin = bed.as_user("admin").await;
+    let mut answer = admin.send(exec()).await;
+    let mut stream = TokioIo::new(hyper::upgrade::on(&mut answer).await.unwrap());
+    stream.write_all(b"hello\0\xff").await.unwrap();
+    soon("the echo", stream.read_exact(&mut [0; 7]))
+        .await
+        .unwrap();
+    let mut reader = bed.as_user("admin").await;
+    let mut log = reader
+        .send(Request::get("/containerLogs/a/b/c?follow=true"))
+        .await;
+    soon("the first line", log.body_mut().frame()).await;
+    // The endpoint is released, or the process stops.
+    bed.task = AbortOnDropHandle::new(tokio::spawn(async {}));
+    bed.all_closed().await;
+    let numbers = bed.metrics.numbers();
+    assert_eq!((numbers.there, numbers.back), (7, 12));
+    let closed = logged.lines("a tunnel closed");
+    assert_eq!(closed.len(), 2, "{closed:?}");
+    for line in &closed {
+        assert!(line.contains("cloudcore closed the endpoint"), "{line}");
+    }
+    assert_eq!(logged.lines("bytes_there=7 bytes_back=7").len(), 1);
+    drop((stream, log));
+}
+
+#[tokio::test]
+async fn whoever_asks_nothing_loses_the_connection_soon() {
+    let bed = Bed::start().await;
+    let silent = bed.connect(None).await;
+    let mut known = bed.as_user("admin").await;
+    assert_eq!(known.get("/debug/pprof/").await.0, StatusCode::NOT_FOUND);
+    tokio::time::pause();
+    let begun = tokio::time::Instant::now();
+    silent.driver.await.unwrap();
+    let lived = begun.elapsed();
+    assert!(lived <= Duration::from_secs(11), "{lived:?}");
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    tokio::time::resume();
+    assert_eq!(known.get("/debug/pprof/").await.0, StatusCode::NOT_FOUND);
+    assert_eq!(bed.refused(Reason::Unauthenticated), 1);
+}
+
+#[tokio::test]
+async fn a_full_endpoint_is_told_once() {
+    let (logged, _guard) = Logged::from_now_on();
+    let bed = Bed::start().await;
+    let mut held = Vec::new();
+    for _ in 0..130 {
+        held.push(TcpStream::connect(bed.address).await.unwrap());
+    }
+    soon("the warning", async {
+        while logged.lines("has all connections").is_empty() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let warned = logged.lines("has all connections");
+    assert_eq!(warned.len(), 1, "{warned:?}");
+    assert!(warned[0].contains("WARN") && warned[0].contains("node=shop-7"));
 }

@@ -14,6 +14,7 @@
 
 mod places;
 
+use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -32,7 +33,9 @@ use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::client::conn::http1;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::audit::{self, End, Opened};
@@ -75,6 +78,8 @@ pub(super) enum NoAnswer {
     Silent(NodeName, Duration),
     #[error("node {0} broke off before it answered: its edgecore may be too old for this request")]
     Broke(NodeName, #[source] BoxError),
+    #[error("node {0} switched protocols, which this request does not do")]
+    Switched(NodeName),
 }
 
 impl NoAnswer {
@@ -82,7 +87,9 @@ impl NoAnswer {
         match self {
             NoAnswer::NotConnected(_) => StatusCode::SERVICE_UNAVAILABLE,
             NoAnswer::TooMany(_) | NoAnswer::TooFast(..) => StatusCode::TOO_MANY_REQUESTS,
-            NoAnswer::Link(..) | NoAnswer::Broke(..) => StatusCode::BAD_GATEWAY,
+            NoAnswer::Link(..) | NoAnswer::Broke(..) | NoAnswer::Switched(_) => {
+                StatusCode::BAD_GATEWAY
+            }
             NoAnswer::NotTaken(_) | NoAnswer::Silent(..) => StatusCode::GATEWAY_TIMEOUT,
         }
     }
@@ -94,7 +101,8 @@ impl NoAnswer {
             NoAnswer::Link(..)
             | NoAnswer::NotTaken(_)
             | NoAnswer::Silent(..)
-            | NoAnswer::Broke(..) => Reason::NoAnswer,
+            | NoAnswer::Broke(..)
+            | NoAnswer::Switched(_) => Reason::NoAnswer,
         }
     }
 
@@ -107,7 +115,8 @@ impl NoAnswer {
             | NoAnswer::Link(..)
             | NoAnswer::NotTaken(_)
             | NoAnswer::Silent(..)
-            | NoAnswer::Broke(..) => None,
+            | NoAnswer::Broke(..)
+            | NoAnswer::Switched(_) => None,
         }
     }
 }
@@ -141,6 +150,7 @@ impl Tunnels {
         node: &NodeName,
         user: &User,
         target: &Target,
+        closing: &CancellationToken,
         mut request: Request<Incoming>,
     ) -> Result<(Answer, Left), NoAnswer> {
         let entry = self.registry.get(node);
@@ -167,14 +177,16 @@ impl Tunnels {
             node,
             request.method(),
             target,
+            closing.clone(),
             self.metrics.clone(),
         );
         let asker = hyper::upgrade::on(&mut request);
         let asked = ask(Duplex::new(send, recv), node, target, request, &record).await;
         match asked {
             Ok((answer, driver)) => {
-                record.status = answer.status().as_u16();
+                record.status = readable(target, answer.status()).as_u16();
                 Ok(split(
+                    target,
                     answer,
                     asker,
                     Held {
@@ -185,7 +197,7 @@ impl Tunnels {
                 ))
             }
             Err(error) => {
-                record.status = error.status().as_u16();
+                record.status = readable(target, error.status()).as_u16();
                 record.end = End::Broken(crate::chain(&error));
                 Err(error)
             }
@@ -217,10 +229,44 @@ async fn ask(
     } else {
         ANSWER
     };
+    let may_switch = switches(target) && request.headers().contains_key(header::UPGRADE);
     let answer = sender.send_request(to_edge(node, request, record));
     let answer = timeout(within, answer).await;
     let answer = answer.map_err(|_| NoAnswer::Silent(node.clone(), within))?;
-    Ok((answer.map_err(broke)?, driver))
+    let answer = answer.map_err(broke)?;
+    if answer.status() == StatusCode::SWITCHING_PROTOCOLS && !may_switch {
+        return Err(NoAnswer::Switched(node.clone()));
+    }
+    Ok((answer, driver))
+}
+
+/// Its answer may be `101`: bytes that nobody looks into.
+fn switches(target: &Target) -> bool {
+    match target {
+        Target::Exec { .. } | Target::Attach { .. } | Target::PortForward { .. } => true,
+        Target::Run { .. }
+        | Target::Logs { .. }
+        | Target::Pods
+        | Target::RunningPods
+        | Target::StatsSummary
+        | Target::Metrics(_)
+        | Target::Healthz
+        | Target::Configz => false,
+    }
+}
+
+/// The status by which a reader gets an answer's words. Of `pods/log` the API server throws them
+/// away when the status is one of these (`GenericHttpResponseChecker`), and hands them on with 500.
+pub(super) fn readable(target: &Target, status: StatusCode) -> StatusCode {
+    match (target, status) {
+        (
+            Target::Logs { .. },
+            StatusCode::TOO_MANY_REQUESTS
+            | StatusCode::SERVICE_UNAVAILABLE
+            | StatusCode::GATEWAY_TIMEOUT,
+        ) => StatusCode::INTERNAL_SERVER_ERROR,
+        (_, status) => status,
+    }
 }
 
 /// The request as it crosses: what was asked, and the headers that are the edge's business.
@@ -255,10 +301,15 @@ struct Held {
 }
 
 /// The answer as the asker gets it; of an upgrade the other half.
-fn split(answer: Response<Incoming>, asker: OnUpgrade, held: Held) -> (Answer, Left) {
+fn split(
+    target: &Target,
+    answer: Response<Incoming>,
+    asker: OnUpgrade,
+    held: Held,
+) -> (Answer, Left) {
     let (parts, body) = answer.into_parts();
     let mut response = Response::new(empty());
-    *response.status_mut() = parts.status;
+    *response.status_mut() = readable(target, parts.status);
     *response.headers_mut() = to_asker(&parts.headers);
     if parts.status == StatusCode::SWITCHING_PROTOCOLS {
         let mut upgraded = Response::new(body);
@@ -281,12 +332,38 @@ fn split(answer: Response<Incoming>, asker: OnUpgrade, held: Held) -> (Answer, L
 
 fn to_asker(headers: &HeaderMap) -> HeaderMap {
     let mut headers = carried(headers);
-    // A log is text that a Pod chose: no browser behind `kubectl proxy` may take it for a page.
+    // What a Pod or a stolen device chose to say: no browser behind `kubectl proxy` may take it for
+    // a page, which would act there with its reader's rights.
+    let kind = harmless(headers.get(header::CONTENT_TYPE));
+    headers.insert(header::CONTENT_TYPE, kind);
     headers.insert(
         header::X_CONTENT_TYPE_OPTIONS,
         HeaderValue::from_static("nosniff"),
     );
     headers
+}
+
+/// The kinds of content that pass as they are: what a kubelet's API has, and nothing that runs.
+const KINDS: &[&str] = &[
+    "text/plain",
+    "application/json",
+    "application/openmetrics-text",
+    "application/vnd.google.protobuf",
+];
+
+/// A kind of content that no browser runs: the device's own where it is one, else plain text.
+fn harmless(kind: Option<&HeaderValue>) -> HeaderValue {
+    let passes = |kind: &&HeaderValue| {
+        let text = kind.to_str().unwrap_or_default();
+        let essence = text.split(';').next().unwrap_or_default().trim();
+        // Of a list a browser takes the last.
+        !text.contains(',')
+            && KINDS
+                .iter()
+                .any(|known| essence.eq_ignore_ascii_case(known))
+    };
+    let plain = HeaderValue::from_static("text/plain; charset=utf-8");
+    kind.filter(passes).cloned().unwrap_or(plain)
 }
 
 pub(super) fn empty() -> AnswerBody {
@@ -322,15 +399,54 @@ impl Splice {
             }
             Err(_) => return,
         };
-        let outcome = splice::splice(TokioIo::new(asker), TokioIo::new(edge)).await;
-        let bytes = &held.record.bytes;
-        bytes.there.store(outcome.there, Ordering::Relaxed);
-        bytes.back.store(outcome.back, Ordering::Relaxed);
+        let counted = |io, back| Written {
+            io: TokioIo::new(io),
+            bytes: held.record.bytes.clone(),
+            back,
+        };
+        let outcome = splice::splice(counted(asker, true), counted(edge, false)).await;
         held.record.end = match outcome.error {
             Some(error) => End::Broken(crate::chain(&error)),
             None if outcome.left => End::AskerGone,
             None => End::Complete,
         };
+    }
+}
+
+/// A connection that counts what is written to it as it is: whoever drops a splice has the number.
+struct Written<I> {
+    io: I,
+    bytes: Arc<audit::Bytes>,
+    back: bool,
+}
+
+impl<I: AsyncRead + Unpin> AsyncRead for Written<I> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_read(cx, buffer)
+    }
+}
+
+impl<I: AsyncWrite + Unpin> AsyncWrite for Written<I> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let written = ready!(Pin::new(&mut self.io).poll_write(cx, bytes))?;
+        self.bytes.passed(self.back, written);
+        Poll::Ready(Ok(written))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
     }
 }
 
@@ -360,10 +476,8 @@ impl<B: Body<Data = Bytes, Error = hyper::Error> + Unpin> Body for Counted<B> {
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
             Some(Ok(frame)) => {
-                let count = frame.data_ref().map_or(0, Bytes::len) as u64;
-                let bytes = &self.bytes;
-                let direction = if self.back { &bytes.back } else { &bytes.there };
-                direction.fetch_add(count, Ordering::Relaxed);
+                let count = frame.data_ref().map_or(0, Bytes::len);
+                self.bytes.passed(self.back, count);
                 // Of an answer whose length was told nobody asks for more.
                 if self.body.is_end_stream() {
                     self.ended(End::Complete);
@@ -387,5 +501,83 @@ impl<B: Body<Data = Bytes, Error = hyper::Error> + Unpin> Body for Counted<B> {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_that_a_browser_runs_reaches_an_asker() {
+        const PLAIN: &str = "text/plain; charset=utf-8";
+        for (said, want) in [
+            (&[][..], PLAIN),
+            (&["text/plain"], "text/plain"),
+            (&["Text/Plain; version=0.0.4"], "Text/Plain; version=0.0.4"),
+            (&["application/json"], "application/json"),
+            (
+                &["application/openmetrics-text; version=1.0.0"],
+                "application/openmetrics-text; version=1.0.0",
+            ),
+            (
+                &["application/vnd.google.protobuf; encoding=delimited"],
+                "application/vnd.google.protobuf; encoding=delimited",
+            ),
+            (&["text/html"], PLAIN),
+            (&["text/html; charset=utf-8"], PLAIN),
+            (&["image/svg+xml"], PLAIN),
+            (&["application/xhtml+xml"], PLAIN),
+            (&["text/javascript"], PLAIN),
+            (&["text/plain, text/html"], PLAIN),
+            (&["text/plain; a=b, text/html"], PLAIN),
+            (&["text/plain", "text/html"], "text/plain"),
+            (&[""], PLAIN),
+            (&["text/plain\u{ff}"], PLAIN),
+        ] {
+            let mut headers = HeaderMap::new();
+            for kind in said {
+                let kind = HeaderValue::from_bytes(kind.as_bytes()).unwrap();
+                headers.append(header::CONTENT_TYPE, kind);
+            }
+            let passed = to_asker(&headers);
+            let kinds: Vec<_> = passed.get_all(header::CONTENT_TYPE).iter().collect();
+            assert_eq!(kinds, [want], "{said:?}");
+            assert_eq!(passed[header::X_CONTENT_TYPE_OPTIONS], "nosniff");
+        }
+    }
+
+    #[test]
+    fn a_logs_refusal_has_a_status_whose_words_the_api_server_hands_on() {
+        for (path, status, want) in [
+            ("/containerLogs/a/b/c", 429, 500),
+            ("/containerLogs/a/b/c", 503, 500),
+            ("/containerLogs/a/b/c", 504, 500),
+            ("/containerLogs/a/b/c", 502, 502),
+            ("/containerLogs/a/b/c", 404, 404),
+            ("/containerLogs/a/b/c", 200, 200),
+            ("/exec/a/b/c", 503, 503),
+            ("/pods", 429, 429),
+            ("/metrics", 504, 504),
+        ] {
+            let target = Target::parse(path).unwrap();
+            let got = readable(&target, StatusCode::from_u16(status).unwrap());
+            assert_eq!(got.as_u16(), want, "{path} {status}");
+        }
+    }
+
+    #[test]
+    fn only_what_is_spliced_may_switch_protocols() {
+        for (path, may) in [
+            ("/exec/a/b/c", true),
+            ("/attach/a/b/c", true),
+            ("/portForward/a/b", true),
+            ("/run/a/b/c", false),
+            ("/containerLogs/a/b/c", false),
+            ("/pods", false),
+            ("/metrics/cadvisor", false),
+        ] {
+            assert_eq!(switches(&Target::parse(path).unwrap()), may, "{path}");
+        }
     }
 }

@@ -148,15 +148,11 @@ fn wire_error(error: tungstenite::Error) -> TransportError {
     match error {
         E::Io(e) => TransportError::from_io(e),
         E::Capacity(e) => TransportError::Protocol(e.to_string()),
-        E::Protocol(ProtocolError::ResetWithoutClosingHandshake) => lost(),
+        E::Protocol(ProtocolError::ResetWithoutClosingHandshake) => TransportError::gone(),
         E::Protocol(e) => TransportError::Protocol(e.to_string()),
-        E::ConnectionClosed | E::AlreadyClosed => lost(),
+        E::ConnectionClosed | E::AlreadyClosed => TransportError::gone(),
         other => TransportError::unusable(other),
     }
-}
-
-fn lost() -> TransportError {
-    TransportError::unusable("the peer went away without a word")
 }
 
 fn start(ws: Wire, remote: SocketAddr, side: Side, link: &LinkConfig) -> Connection {

@@ -1,13 +1,15 @@
 //! The model of the cloud: a cluster with all its revisions, and replicas whose caches lag.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use common::hub::session::Marks;
-use common::hub::session::cloud::CloudView;
-use common::hub::{delta, proto};
+use common::hub::session::cloud::{CloudSession, CloudView};
+use common::hub::{Lane, delta, proto};
 use common::ids::{Kind, ObjectKey};
 use common::object::{Content, ContentHash, Digest, Object};
+
+use super::upstream::Upstream;
 
 /// xorshift: the same seed is the same history on every machine.
 pub(super) struct Dice(pub(super) u64);
@@ -43,6 +45,12 @@ impl Cluster {
     }
     pub(super) fn now(&self) -> &Objects {
         &self.history[self.history.len() - 1]
+    }
+
+    /// Whether the object is there and was at every revision from this one on.
+    pub(super) fn has_had(&self, key: &ObjectKey, from: u64) -> bool {
+        let from = (from as usize).min(self.history.len() - 1);
+        self.history[from..].iter().all(|o| o.contains_key(key))
     }
 
     pub(super) fn change(&mut self, dice: &mut Dice) {
@@ -100,22 +108,77 @@ impl Cluster {
     }
 }
 
-/// One CloudCore: a cache that lags, and the last reports it was told.
+/// One CloudCore: a cache that lags, what it writes upwards, and the session that it hosts.
+#[derive(Default)]
 pub(super) struct Replica {
     pub(super) cached: u64,
     pub(super) epoch: u64,
-    pub(super) reports: BTreeMap<ObjectKey, (u64, Arc<[u8]>)>,
+    /// Some feed has not listed: nothing is known to be gone.
+    pub(super) unlisted: bool,
+    /// Wanted, and held back until what it refers to was read.
+    pub(super) held_back: BTreeSet<ObjectKey>,
+    pub(super) upstream: Upstream,
+    /// The incarnation that the reports held belong to.
     pub(super) incarnation: [u8; 16],
+    pub(super) hosted: Option<Hosted>,
+}
+
+impl Replica {
+    /// Sees all that the cluster is now.
+    pub(super) fn list(&mut self, cluster: &Cluster) {
+        self.cached = cluster.revision();
+        self.epoch = cluster.epoch;
+        self.unlisted = false;
+    }
+
+    pub(super) fn complete(&self) -> bool {
+        !self.unlisted && self.held_back.is_empty()
+    }
+
+    /// What is shown of the cluster; `last` is the revision that the edge was shown before.
+    pub(super) fn view<'a>(&'a self, cluster: &'a Cluster, last: Option<u64>) -> View<'a> {
+        let at = self.cached.min(cluster.revision());
+        View {
+            objects: &cluster.history[at as usize],
+            older: last.and_then(|r| cluster.history.get(r as usize)),
+            replica: self,
+        }
+    }
+}
+
+pub(super) type Lanes = BTreeMap<Lane, VecDeque<proto::Message>>;
+
+/// A session at the cloud's end. It may outlive its connection: the edge has moved on, and what
+/// the edge sent before is still being handled.
+#[derive(Default)]
+pub(super) struct Hosted {
+    pub(super) machine: CloudSession,
+    pub(super) up: Lanes,
+    pub(super) last_view: Option<u64>,
+    /// The edge could not commit, or disagreed: when to try again.
+    pub(super) retry: Option<u64>,
+    /// That was so, and nothing was sent since.
+    pub(super) failed: bool,
+    /// The edge has left; then the connection is found dead.
+    pub(super) dead_at: Option<u64>,
 }
 
 pub(super) struct View<'a> {
-    pub(super) objects: &'a Objects,
-    pub(super) older: Option<&'a Objects>,
-    pub(super) revision: u64,
-    pub(super) epoch: u64,
-    pub(super) complete: bool,
-    pub(super) reports: &'a BTreeMap<ObjectKey, (u64, Arc<[u8]>)>,
-    pub(super) incarnation: [u8; 16],
+    objects: &'a Objects,
+    older: Option<&'a Objects>,
+    replica: &'a Replica,
+}
+
+impl View<'_> {
+    fn object(&self, key: &ObjectKey) -> Option<&Object> {
+        self.objects
+            .get(key)
+            .filter(|_| !self.replica.held_back.contains(key))
+    }
+
+    pub(super) fn complete(&self) -> bool {
+        self.replica.complete()
+    }
 }
 
 pub(super) fn marks(revision: u64) -> Marks {
@@ -129,22 +192,24 @@ pub(super) fn epoch_id(n: u64) -> [u8; 16] {
 
 impl CloudView for View<'_> {
     fn epoch(&self) -> [u8; 16] {
-        epoch_id(self.epoch)
+        epoch_id(self.replica.epoch)
     }
     fn marks(&self) -> Marks {
-        marks(self.revision)
+        marks(self.replica.cached)
     }
     fn revision(&self, _: &ObjectKey) -> u64 {
-        self.revision
+        self.replica.cached
     }
     fn each(&self, visit: &mut dyn FnMut(&ObjectKey, &ContentHash)) {
-        self.objects.iter().for_each(|(k, o)| visit(k, &o.hash));
+        let hidden = &self.replica.held_back;
+        let shown = self.objects.iter().filter(|(k, _)| !hidden.contains(k));
+        shown.for_each(|(k, o)| visit(k, &o.hash));
     }
     fn hash(&self, key: &ObjectKey) -> Option<ContentHash> {
-        self.objects.get(key).map(|o| o.hash)
+        self.object(key).map(|o| o.hash)
     }
     fn put(&self, key: &ObjectKey, base: Option<ContentHash>) -> Option<proto::Put> {
-        let object = self.objects.get(key)?;
+        let object = self.object(key)?;
         let mut put = proto::Put {
             key: key.to_string(),
             hash: object.hash.0.to_vec(),
@@ -169,28 +234,23 @@ impl CloudView for View<'_> {
         }
         Some(put)
     }
-    fn may_remove(&self, _: &ObjectKey) -> bool {
-        self.complete
+    fn may_remove(&self, key: &ObjectKey) -> bool {
+        !self.replica.unlisted && !self.objects.contains_key(key)
     }
     fn complete(&self) -> bool {
-        self.complete
+        self.replica.complete()
     }
     fn report_base(&self, key: &ObjectKey) -> Option<(ContentHash, Arc<[u8]>)> {
-        let (_, bytes) = self.reports.get(key)?;
+        let bytes = &self.replica.upstream.held.get(key)?.bytes;
         Some((
             ContentHash::of(&Content::Present(bytes.clone())),
             bytes.clone(),
         ))
     }
     fn reports_held(&self, incarnation: &[u8; 16]) -> Digest {
-        if *incarnation != self.incarnation {
+        if *incarnation != self.replica.incarnation {
             return Digest::default();
         }
-        let leaves: Vec<_> = self
-            .reports
-            .iter()
-            .map(|(k, (seq, _))| (k, ContentHash::of_sequence(*seq)))
-            .collect();
-        Digest::of(leaves.iter().map(|(k, h)| (*k, h)))
+        self.replica.upstream.digest()
     }
 }

@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use super::identity::{Identity, new_link, time_record};
+use super::pace::Deadlines;
 use super::state::StoreState;
 use super::tokens::Ask;
 use crate::store::desired::{Batch, CommitError};
@@ -30,6 +31,8 @@ pub mod kept {
     pub const CONTINUATION: &str = "continuation";
     pub const LINK: &str = "link";
     pub const ENVIRONMENT: &str = "environment";
+    /// Milliseconds, as a big-endian u32.
+    pub const DEAD_AFTER: &str = "dead-after";
 }
 
 /// Why a session ended.
@@ -51,6 +54,8 @@ pub enum SessionEnd {
     Store(#[from] StoreError),
     #[error("a new certificate is in use from the next session on")]
     Renewed,
+    #[error("the cloud's deadline is kept from the next session on")]
+    Deadlines,
 }
 
 impl SessionEnd {
@@ -72,6 +77,8 @@ pub struct SessionDeps<'a> {
     pub store: &'a Store,
     pub identity: &'a Identity,
     pub state: StoreState,
+    /// What the connection was made with.
+    pub deadlines: Deadlines,
     pub asks: &'a mut mpsc::Receiver<Ask>,
     pub connected: &'a watch::Sender<bool>,
     pub environment: &'a watch::Sender<Option<proto::NodeEnvironment>>,
@@ -101,11 +108,20 @@ pub async fn run(connection: &Connection, deps: SessionDeps<'_>) -> (SessionEnd,
     let reason = match &end {
         SessionEnd::Stopping => "edgecore stops",
         SessionEnd::Renewed => "new certificate",
+        SessionEnd::Deadlines => "new deadlines",
         SessionEnd::GoAway { .. } | SessionEnd::Lanes(_) => "ended",
         SessionEnd::Protocol(_) => "protocol error",
         SessionEnd::Store(_) => "store failed",
     };
     connection.close(0, reason);
+    // It goes on by itself: the next Hello must say what it leaves, or what the cloud answers is about
+    // a state that is gone.
+    if driver.commit.is_some() {
+        driver.proved |= matches!(
+            finished(&mut driver.commit).await,
+            Ok(Outcome::Committed { .. })
+        );
+    }
     (end, driver.proved)
 }
 
@@ -160,7 +176,13 @@ impl Driver<'_> {
     async fn flush(&mut self) -> Result<Option<SessionEnd>, SessionEnd> {
         while let Some(event) = self.session.poll_event() {
             match event {
-                EdgeEvent::Welcomed(welcome) => self.welcomed(*welcome).await?,
+                EdgeEvent::Welcomed(welcome) => {
+                    let said = Duration::from_millis(welcome.dead_after_ms.into());
+                    self.welcomed(*welcome).await?;
+                    if self.deps.deadlines.told(said) != self.deps.deadlines {
+                        return Ok(Some(SessionEnd::Deadlines));
+                    }
+                }
                 EdgeEvent::Commit(commit) => self.commit = Some(self.start(commit)),
                 EdgeEvent::ReportAcked { key, sequence } => {
                     if key == crate::store::reports::node_key() {
@@ -209,6 +231,7 @@ impl Driver<'_> {
             None => {}
         }
         values.push(time_record(welcome.now_ms));
+        values.push((kept::DEAD_AFTER, welcome.dead_after_ms.to_be_bytes().into()));
         if let Some(environment) = &welcome.environment {
             values.push((kept::ENVIRONMENT, environment.encode_to_vec()));
         }

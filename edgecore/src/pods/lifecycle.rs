@@ -9,6 +9,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::cri::Cri;
+use crate::stream::leftover;
 
 /// A response's head is enough; a server that sends less than its status line in this many bytes
 /// is none.
@@ -51,6 +52,8 @@ pub async fn run(
 
 async fn run_exec(place: &Place<'_>, command: Vec<String>, limit: Duration) -> Result<(), String> {
     let shown = format!("{command:?}");
+    // Else an exec whose asker leaves meanwhile could be taken for this one.
+    let _claim = leftover::ours(place.id, &command);
     let answer = place.cri.exec_sync(place.id, command, limit).await;
     match answer {
         Ok(answer) if answer.exit_code == 0 => Ok(()),
@@ -157,7 +160,35 @@ fn status_code(answer: &[u8]) -> Option<u16> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use k8s_openapi::api::core::v1::{ContainerPort, HTTPHeader};
+    use crate::cri::fake::Fake;
+    use k8s_openapi::api::core::v1::{ContainerPort, ExecAction, HTTPHeader};
+
+    #[tokio::test(start_paused = true)]
+    async fn while_a_hook_runs_its_process_is_claimed() {
+        let runtime = Fake::new(jiff::Timestamp::UNIX_EPOCH);
+        runtime.delay("ExecSync", Duration::from_secs(5));
+        let place = Place {
+            cri: &runtime,
+            container: &Container::default(),
+            id: "of-a-hook",
+            pod_ip: None,
+        };
+        let handler = LifecycleHandler {
+            exec: Some(ExecAction {
+                command: Some(vec!["hook.sh".into()]),
+            }),
+            ..Default::default()
+        };
+        for limit in [2, 10] {
+            let look = async {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                leftover::count_ours(place.id)
+            };
+            let ran = run(&place, &handler, Duration::from_secs(limit));
+            assert_eq!(tokio::join!(ran, look).1, 1);
+            assert_eq!(leftover::count_ours(place.id), 0, "{limit} s");
+        }
+    }
 
     #[test]
     fn ports_are_found_by_number_and_by_name() {

@@ -118,6 +118,15 @@ impl Translation {
         }))
     }
 
+    /// For an asker that is here, speaks as a client of version 5 and wants no handshake.
+    pub(super) fn of_command(streams: &Streams) -> Self {
+        Self {
+            protocol: COMMAND,
+            accept: String::new(),
+            dialect: Dialect::Command(Command::new(streams)),
+        }
+    }
+
     /// What the runtime is asked instead.
     pub(super) fn asks(&self) -> HeaderMap {
         let protocol = match self.dialect {

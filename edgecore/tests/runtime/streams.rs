@@ -203,6 +203,75 @@ async fn exec_carries_bytes_both_ways_and_the_exit_code() {
 }
 
 #[tokio::test]
+async fn a_run_answers_with_little_output_and_ends_what_says_more() {
+    let mut api = Api::start("44444444-eeee", WAITS).await;
+    let run =
+        |query: &str| format!("POST /run/default/web/main?{query} HTTP/1.1\r\nHost: x\r\n\r\n");
+    let line = "command=sh&command=-c&command=echo+out%3B+echo+err+%3E%262";
+    let answer = api.http(&run(line)).await;
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    assert!(answer.ends_with("\r\n\r\nout\nerr\n"), "{answer}");
+    let answer = api.http(&run(&format!("{line}%3B+exit+7"))).await;
+    assert!(answer.starts_with("HTTP/1.1 500 "), "{answer}");
+    assert!(answer.contains("exited with 7: err"), "{answer}");
+    let answer = api.http(&run("cmd=no-such-program")).await;
+    assert!(answer.starts_with("HTTP/1.1 500 "), "{answer}");
+    assert!(answer.contains("no-such-program"), "{answer}");
+    let answer = api.http(&run("cmd=/bin/busybox+yes+45461")).await;
+    assert!(answer.starts_with("HTTP/1.1 500 "), "{answer}");
+    assert!(answer.contains("use exec"), "{answer}");
+    until("it is ended", Duration::from_secs(3), || {
+        running("/bin/busybox yes 45461").is_empty()
+    })
+    .await;
+    let mut leaves = api.connect();
+    let asked = run("cmd=sleep+45462");
+    leaves.write_all(asked.as_bytes()).await.unwrap();
+    until("it runs", Duration::from_secs(5), || {
+        running("sleep 45462").len() == 1
+    })
+    .await;
+    drop(leaves);
+    until("its asker left", Duration::from_secs(3), || {
+        running("sleep 45462").is_empty()
+    })
+    .await;
+    api.stop().await;
+}
+
+#[tokio::test]
+async fn what_begins_and_leaves_together_is_all_ended() {
+    let mut api = Api::start("44444444-ffff", WAITS).await;
+    let path = |line: &str| {
+        let line = line.replace(' ', "+");
+        format!("/exec/default/web/main?command=sh&command=-c&command={line}&output=1")
+    };
+    let equal = "/exec/default/web/main?command=sleep&command=45463&output=1";
+    let first = api.socket(equal).await;
+    let second = api.socket(equal).await;
+    let shells = [
+        api.socket(&path("exec sleep 45464")).await,
+        api.socket(&path("exec sleep 45465")).await,
+    ];
+    until("all run", Duration::from_secs(5), || {
+        let count = |seconds| running(&format!("sleep {seconds}")).len();
+        (count(45_463), count(45_464), count(45_465)) == (2, 1, 1)
+    })
+    .await;
+    drop(first);
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    drop((second, shells));
+    for seconds in 45_463..45_466 {
+        let command = format!("sleep {seconds}");
+        until(&command, Duration::from_secs(4), || {
+            running(&command).is_empty()
+        })
+        .await;
+    }
+    api.stop().await;
+}
+
+#[tokio::test]
 async fn no_process_is_left_of_an_exec_whose_asker_left_and_nobody_elses_is_touched() {
     let line = "trap 'exit 0' TERM; sleep 45453 & wait";
     let mut api = Api::start("44444444-bbbb", line).await;

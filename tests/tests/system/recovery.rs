@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use testbed::edge::Edge;
@@ -129,6 +129,24 @@ fn says_no_runtime(world: &World, edge: &mut Edge) -> Result<()> {
 }
 
 /// The answer, head included.
+#[test]
+fn askers_that_stay_keep_nobody_from_the_admin_endpoint() -> Result<()> {
+    let world = world()?;
+    let _peace = world.in_peace();
+    let at = world.cloud().admin;
+    // As many as it serves at once, which were answered and do not go.
+    let mut staying = Vec::new();
+    for _ in 0..32 {
+        let mut stream = TcpStream::connect(at)?;
+        stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")?;
+        staying.push(stream);
+    }
+    let begun = Instant::now();
+    get(at, "/healthz")?;
+    ensure!(begun.elapsed() < Duration::from_secs(5), "it came late");
+    Ok(())
+}
+
 fn get(at: SocketAddr, path: &str) -> Result<String> {
     let answer = ask(at, &format!("GET {path} HTTP/1.1\r\nHost: a\r\n"))?;
     ensure!(answer.starts_with("HTTP/1.1 200"), "{path}: {answer}");

@@ -20,6 +20,8 @@ mod limits;
 mod logs;
 #[path = "streams/node.rs"]
 mod node;
+#[path = "streams/replicas.rs"]
+mod replicas;
 #[path = "streams/rights.rs"]
 mod rights;
 

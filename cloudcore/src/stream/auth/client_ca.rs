@@ -158,10 +158,15 @@ fn verifier(pem: &str) -> Result<Verifier, Unusable> {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::time::Duration;
+
+    use serde_json::json;
+    use tokio::sync::mpsc;
+    use tokio::time::timeout;
 
     use super::*;
     use crate::kube::fake::FakeApi;
-    use crate::stream::testing::ClientRoot;
+    use crate::stream::testing::{ClientRoot, watching};
 
     fn map(pem: &str) -> ConfigMap {
         ConfigMap {
@@ -192,6 +197,43 @@ mod tests {
         assert!(look(&jane).is_ok() && look(&joe).is_ok());
         task.see(&map(&new.pem()));
         assert!(look(&jane).is_err() && look(&joe).is_ok());
+    }
+
+    #[tokio::test]
+    async fn the_configmap_is_followed_while_it_changes() {
+        let (old, new) = (ClientRoot::new(), ClientRoot::new());
+        let (fake, (say, said)) = (FakeApi::new(), mpsc::unbounded_channel());
+        let path = format!("/api/v1/namespaces/{NAMESPACE}/configmaps/{NAME}");
+        fake.put(&path, json!({"data": {KEY: old.pem()}}));
+        let (ca, task) = ClientCa::build(watching(&fake, said));
+        let mut verifier = ca.verifier.clone();
+        let mut another = async || {
+            let changed = timeout(Duration::from_secs(10), verifier.changed()).await;
+            changed.expect("no other CA was taken").unwrap();
+        };
+        let stop = CancellationToken::new();
+        let running = tokio::spawn(task.run(stop.clone()));
+        let (jane, _) = old.client("jane", &[]);
+        let (joe, _) = new.client("joe", &[]);
+        let known = |leaf: &CertificateDer<'_>| ca.user(leaf, &[], UnixTime::now()).is_ok();
+        another().await;
+        assert!(known(&jane) && !known(&joe));
+        let mut object = fake.get(&path).unwrap();
+        object["data"][KEY] = json!(new.pem());
+        object["metadata"]["resourceVersion"] = json!("100");
+        // What is taken away leaves what was good.
+        for kind in ["MODIFIED", "DELETED"] {
+            say.send(json!({"type": kind, "object": object})).unwrap();
+        }
+        another().await;
+        assert!(!known(&jane) && known(&joe));
+        object["data"][KEY] = json!(old.pem());
+        say.send(json!({"type": "ADDED", "object": object}))
+            .unwrap();
+        another().await;
+        assert!(known(&jane) && !known(&joe));
+        stop.cancel();
+        running.await.unwrap();
     }
 
     #[test]

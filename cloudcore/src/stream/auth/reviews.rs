@@ -32,7 +32,8 @@ const DENIED_FOR: Duration = Duration::from_secs(30);
 const MOST_DECISIONS: usize = 16_384;
 const MOST_TOKENS: usize = 1024;
 
-/// Reviews under way: strangers with tokens must not take the API server's time from the rest.
+/// Reviews of each kind under way: strangers must not take the API server's time from the rest, nor
+/// with their tokens the places of those who are known.
 const AT_ONCE: usize = 32;
 const DEADLINE: Duration = Duration::from_secs(10);
 
@@ -43,7 +44,8 @@ pub(in crate::stream) struct Reviews {
     client: Client,
     tokens: Cache<[u8; 32], Option<Arc<User>>>,
     decisions: Cache<Decision, bool>,
-    places: Semaphore,
+    token_places: Semaphore,
+    access_places: Semaphore,
 }
 
 impl Reviews {
@@ -53,7 +55,8 @@ impl Reviews {
             client,
             tokens: Cache::new(MOST_TOKENS),
             decisions: Cache::new(MOST_DECISIONS),
-            places: Semaphore::new(AT_ONCE),
+            token_places: Semaphore::new(AT_ONCE),
+            access_places: Semaphore::new(AT_ONCE),
         }
     }
 
@@ -112,7 +115,8 @@ impl Reviews {
             },
             ..TokenReview::default()
         };
-        let status = self.create("reviewing a token", review).await?.status;
+        let reviewed = self.create(&self.token_places, "reviewing a token", review);
+        let status = reviewed.await?.status;
         let status = status.filter(|s| s.authenticated == Some(true));
         Ok(status.and_then(|s| s.user).and_then(known))
     }
@@ -142,11 +146,17 @@ impl Reviews {
             },
             ..SubjectAccessReview::default()
         };
-        let status = self.create("reviewing an access", review).await?.status;
+        let reviewed = self.create(&self.access_places, "reviewing an access", review);
+        let status = reviewed.await?.status;
         Ok(status.is_some_and(|s| s.allowed && s.denied != Some(true)))
     }
 
-    async fn create<K>(&self, what: &'static str, review: K) -> Result<K, KubeError>
+    async fn create<K>(
+        &self,
+        places: &Semaphore,
+        what: &'static str,
+        review: K,
+    ) -> Result<K, KubeError>
     where
         K: kube::Resource<DynamicType = (), Scope = kube::core::ClusterResourceScope>
             + serde::Serialize
@@ -156,7 +166,7 @@ impl Reviews {
     {
         let (api, params) = (Api::all(self.client.clone()), PostParams::default());
         let asked = async {
-            let _place = self.places.acquire().await;
+            let _place = places.acquire().await;
             api.create(&params, &review).await
         };
         match tokio::time::timeout(DEADLINE, asked).await {
@@ -181,4 +191,107 @@ fn known(user: UserInfo) -> Option<User> {
         groups,
         extra,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+    use std::sync::Mutex;
+
+    use http::{Request, Response};
+    use http_body_util::BodyExt;
+    use kube::client::Body;
+    use serde_json::{Value, json};
+    use tokio::time::{advance, timeout};
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    /// Counts what it is asked. Token `good` is jane's, who may `get`; with `silent` it never
+    /// answers about tokens.
+    fn reviews(silent: bool) -> (Reviews, Arc<Mutex<usize>>) {
+        let asked = Arc::new(Mutex::new(0));
+        let count = asked.clone();
+        let service = tower::service_fn(move |request: Request<Body>| {
+            let count = count.clone();
+            async move {
+                let body = request.into_body().collect().await.unwrap().to_bytes();
+                let mut review: Value = serde_json::from_slice(&body).unwrap();
+                *count.lock().unwrap() += 1;
+                let token = &review["spec"]["token"];
+                if silent && token.is_string() {
+                    std::future::pending::<()>().await;
+                }
+                review["status"] = if token.is_string() {
+                    json!({"authenticated": token == "good", "user": {"username": "jane"}})
+                } else {
+                    json!({"allowed": review["spec"]["resourceAttributes"]["verb"] == "get"})
+                };
+                let body = Body::from(review.to_string().into_bytes());
+                Ok::<_, Infallible>(Response::new(body))
+            }
+        });
+        (Reviews::new(Client::new(service, "default")), asked)
+    }
+
+    fn jane() -> Arc<User> {
+        Arc::new(User {
+            name: "jane".into(),
+            uid: None,
+            groups: Vec::new(),
+            extra: BTreeMap::new(),
+        })
+    }
+
+    fn node() -> NodeName {
+        NodeName::parse("shop-7").unwrap()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn answers_hold_for_the_kubelets_times() {
+        let (reviews, asked) = reviews(false);
+        let (jane, node) = (jane(), node());
+        for (what, holds) in [
+            ("good", 120 * SECOND),
+            ("bad", 10 * SECOND),
+            ("get", 300 * SECOND),
+            ("create", 30 * SECOND),
+        ] {
+            let ask = async || match what {
+                "good" | "bad" => assert_eq!(reviews.token(what).await.is_ok(), what == "good"),
+                verb => {
+                    let allowed = reviews.access(&jane, &node, verb, "proxy").await;
+                    assert_eq!(allowed.unwrap(), verb == "get");
+                }
+            };
+            let before = *asked.lock().unwrap();
+            let asked = || *asked.lock().unwrap() - before;
+            ask().await;
+            assert_eq!(asked(), 1, "{what}");
+            advance(holds - SECOND).await;
+            ask().await;
+            assert_eq!(asked(), 1, "{what} still holds");
+            advance(SECOND).await;
+            ask().await;
+            assert_eq!(asked(), 2, "{what} holds no longer");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn strangers_tokens_leave_places_for_those_who_are_known() {
+        let (reviews, asked) = reviews(true);
+        let reviews = Arc::new(reviews);
+        for n in 0..2 * AT_ONCE {
+            let reviews = reviews.clone();
+            tokio::spawn(async move { reviews.token(&n.to_string()).await });
+        }
+        while *asked.lock().unwrap() < AT_ONCE {
+            tokio::task::yield_now().await;
+        }
+        let (jane, node) = (jane(), node());
+        let access = reviews.access(&jane, &node, "get", "metrics");
+        let allowed = timeout(SECOND, access).await;
+        assert!(allowed.expect("a place at once").unwrap());
+    }
 }

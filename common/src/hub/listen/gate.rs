@@ -90,7 +90,9 @@ impl Gate {
         let reason = match error {
             // Worded for the device's end; here the device is the one that refused.
             TransportError::Refused(_) => {
-                "the device does not accept what this cloud shows (TLS alert)".to_owned()
+                "the device does not accept what this cloud shows (TLS alert): it was sent here by the \
+                 token or the record of another cloud; make it a token here with `cloudcore token create`"
+                    .to_owned()
             }
             other => other.explain(),
         };

@@ -168,6 +168,8 @@ pub struct CloudSession {
     /// What overtook the WelcomeAck on another lane.
     early: Vec<Body>,
     early_bytes: usize,
+    /// What would overtake the Welcome on another lane: said once the edge is live.
+    held: Vec<(Lane, Body)>,
     out: VecDeque<(Lane, proto::Message)>,
     events: VecDeque<CloudEvent>,
 }
@@ -194,6 +196,7 @@ impl Default for CloudSession {
             unmarked: false,
             early: Vec::new(),
             early_bytes: 0,
+            held: Vec::new(),
             out: VecDeque::new(),
             events: VecDeque::new(),
         }
@@ -207,6 +210,14 @@ impl CloudSession {
     fn send(&mut self, lane: Lane, body: Body) {
         self.out
             .push_back((lane, proto::Message { body: Some(body) }));
+    }
+
+    /// Reports of an earlier session are written, and acknowledged, before this one is live.
+    fn send_to_live(&mut self, lane: Lane, body: Body) {
+        match self.phase {
+            Phase::Live => self.send(lane, body),
+            Phase::Expecting | Phase::Claiming | Phase::Welcomed => self.held.push((lane, body)),
+        }
     }
 
     pub fn poll_message(&mut self) -> Option<(Lane, proto::Message)> {
@@ -344,6 +355,9 @@ impl CloudSession {
     fn go_live(&mut self, view: &dyn CloudView) -> Result<(), ProtocolError> {
         self.phase = Phase::Live;
         self.events.push_back(CloudEvent::Live);
+        for (lane, body) in std::mem::take(&mut self.held) {
+            self.send(lane, body);
+        }
         let Some(hello) = self.hello.take() else {
             return Ok(());
         };
@@ -531,13 +545,13 @@ impl CloudSession {
         };
         let acks: Vec<_> = acks.into_iter().map(ack).collect();
         if !acks.is_empty() {
-            self.send(Lane::Status, Body::ReportAcks(proto::ReportAcks { acks }));
+            self.send_to_live(Lane::Status, Body::ReportAcks(proto::ReportAcks { acks }));
         }
     }
 
     /// Events up to here are in the API, or were refused for good.
     pub fn ack_events(&mut self, sequence: u64) {
-        self.send(Lane::Bulk, Body::EventsAck(proto::EventsAck { sequence }));
+        self.send_to_live(Lane::Bulk, Body::EventsAck(proto::EventsAck { sequence }));
     }
 
     pub fn respond(&mut self, response: proto::Response) {

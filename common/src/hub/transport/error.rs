@@ -90,6 +90,11 @@ impl TransportError {
         TransportError::Unusable(Arc::from(e.into()))
     }
 
+    /// A device that was switched off, or a router that forgot it.
+    pub(in crate::hub) fn gone() -> Self {
+        Self::unusable("the peer went away without a word")
+    }
+
     /// An I/O error of a TLS stream: an alert of the peer is told apart.
     pub(in crate::hub) fn from_io(error: std::io::Error) -> Self {
         let inner = error
@@ -99,6 +104,8 @@ impl TransportError {
             Some(rustls::Error::AlertReceived(alert)) => {
                 TransportError::Refused(Refusal::from_alert(u8::from(*alert)))
             }
+            // rustls would have it read a manual.
+            Some(_) | None if error.kind() == std::io::ErrorKind::UnexpectedEof => Self::gone(),
             Some(_) | None => Self::unusable(error),
         }
     }
@@ -151,5 +158,21 @@ impl From<quinn_proto::ConnectionError> for TransportError {
                 Self::unusable(other)
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_that_is_gone_is_called_that_and_sends_nobody_to_a_manual() {
+        let error = std::io::Error::new(
+            std::io::ErrorKind::UnexpectedEof,
+            "peer closed connection without sending TLS close_notify: https://example.com/manual",
+        );
+        let words = TransportError::from_io(error).explain();
+        assert!(words.contains("went away without a word"), "{words}");
+        assert!(!words.contains("https"), "{words}");
     }
 }

@@ -15,7 +15,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, Sleep, sleep_until};
 use tokio_tungstenite::tungstenite::Message;
 
-use super::{Core, TOGETHER, Wire, lost, wire_error};
+use super::{Core, TOGETHER, Wire, wire_error};
 use crate::hub::mux::{MAX_MESSAGE, Side};
 use crate::hub::transport::{LinkConfig, TransportError};
 
@@ -51,7 +51,7 @@ pub(super) struct Driver {
 impl Drop for Driver {
     /// The first end counts: this one is for a driver that did not come to its own.
     fn drop(&mut self) {
-        self.core.end(lost());
+        self.core.end(TransportError::gone());
     }
 }
 
@@ -117,7 +117,7 @@ impl Driver {
             let message = match ready!(Pin::new(&mut self.ws).poll_next(cx)) {
                 Some(Ok(message)) => message,
                 Some(Err(e)) => return Poll::Ready(wire_error(e)),
-                None => return Poll::Ready(lost()),
+                None => return Poll::Ready(TransportError::gone()),
             };
             self.heard = Instant::now();
             match message {
@@ -128,7 +128,7 @@ impl Driver {
                 }
                 // Answered by the library; middleboxes send them.
                 Message::Ping(_) | Message::Pong(_) => {}
-                Message::Close(_) => return Poll::Ready(lost()),
+                Message::Close(_) => return Poll::Ready(TransportError::gone()),
                 Message::Text(_) | Message::Frame(_) => {
                     let what = "a WebSocket message is not binary".to_owned();
                     return Poll::Ready(TransportError::Protocol(what));

@@ -8,6 +8,8 @@ use std::path::Path;
 /// A process that took another command line than it was asked for is one exec's only if it began
 /// this soon after it, in ticks: the asker's streams come first, over a slow link.
 const SOON: u64 = 10 * USER_HZ;
+/// A process that began so long after its asker left is not looked for any more.
+const LATE: u64 = 2 * USER_HZ;
 /// The unit of `/proc` on every architecture that Linux shows to programs.
 const USER_HZ: u64 = 100;
 /// A command line beyond this is cut at both sides of the comparison.
@@ -34,12 +36,27 @@ pub struct Started {
     pub container: String,
     pub command: Vec<String>,
     pub asked: Ticks,
+    /// When its asker left: it is to be ended.
+    pub left: Option<Ticks>,
 }
 
 impl Started {
-    /// Whether the process can be this one's: `/proc` rounds down.
-    fn before(&self, process: &Process) -> bool {
-        process.began.0 + 1 >= self.asked.0
+    /// When its process can have begun, at most so long after it was asked for.
+    fn window(&self, most: u64) -> Window {
+        let most = self.asked.0.saturating_add(most);
+        let last = self.left.map_or(u64::MAX, |left| left.0 + LATE);
+        Window {
+            id: self.id,
+            held: self.left.is_none(),
+            // `/proc` rounds down.
+            from: self.asked.0.saturating_sub(1),
+            until: most.min(last),
+        }
+    }
+
+    /// Whether the process can be this one's.
+    fn can_be(&self, process: &Process) -> bool {
+        self.window(u64::MAX).holds(process)
     }
 
     fn named(&self, process: &Process) -> bool {
@@ -80,58 +97,124 @@ pub enum Verdict {
     Unclear(usize),
 }
 
-/// The process that an exec started. `others` are the other execs into the container.
-pub fn started_by(mine: &Started, others: &[Started], table: &[Process]) -> Verdict {
+/// When the process of one exec can have begun.
+struct Window {
+    id: u64,
+    /// Its asker is still there: its process must not be touched.
+    held: bool,
+    from: u64,
+    until: u64,
+}
+
+impl Window {
+    fn holds(&self, process: &Process) -> bool {
+        (self.from..=self.until).contains(&process.began.0)
+    }
+}
+
+/// The process that an exec started. `others` are the other execs into the container; what is in
+/// `ended` is nobody's any more.
+pub fn started_by(
+    mine: &Started,
+    others: &[Started],
+    table: &[Process],
+    ended: &[(i32, Ticks)],
+) -> Verdict {
     let pids: BTreeSet<i32> = table.iter().map(|p| p.pid).collect();
-    let mut roots: Vec<&Process> = table.iter().filter(|p| !pids.contains(&p.parent)).collect();
-    roots.sort_by_key(|p| (p.began, p.pid));
-    let mut same: Vec<&Started> = others
+    let mut roots: Vec<&Process> = table
         .iter()
-        .filter(|o| o.command == mine.command)
+        .filter(|p| !pids.contains(&p.parent) && !ended.contains(&(p.pid, p.began)))
         .collect();
-    same.push(mine);
-    same.sort_by_key(|s| (s.asked, s.id));
-    let first = same[0];
+    roots.sort_by_key(|p| (p.began, p.pid));
+    let equals = others.iter().filter(|o| o.command == mine.command);
+    let same: Vec<&Started> = equals.chain([mine]).collect();
     let named: Vec<&Process> = roots
         .iter()
         .copied()
-        .filter(|p| first.before(p) && mine.named(p))
+        .filter(|p| mine.named(p) && same.iter().any(|s| s.can_be(p)))
         .collect();
-    if named.iter().any(|p| mine.before(p)) {
-        return among_equals(mine, &same, &named);
+    if named.iter().any(|p| mine.can_be(p)) {
+        let windows: Vec<Window> = same.iter().map(|s| s.window(u64::MAX)).collect();
+        // An equal one whose asker is there is no rival for what another must have.
+        let rivals = |w: &Window, p: &Process| has(w, p, &windows, &named);
+        return choose(mine, &windows, &named, rivals);
     }
     among_strangers(mine, others, &roots)
-}
-
-/// Equal commands: they began in the order in which they were asked for.
-fn among_equals(mine: &Started, same: &[&Started], named: &[&Process]) -> Verdict {
-    let rank = same.iter().position(|s| s.id == mine.id);
-    match rank.and_then(|rank| named.get(rank)) {
-        Some(process) if named.len() == same.len() && mine.before(process) => {
-            Verdict::Found((*process).clone())
-        }
-        Some(_) | None => Verdict::Unclear(named.len()),
-    }
 }
 
 /// No process has the command line: a script's has its interpreter's, a shell's its last
 /// command's. One that is new, began a session as the runtime makes it, and is nobody else's.
 fn among_strangers(mine: &Started, others: &[Started], roots: &[&Process]) -> Verdict {
-    let fits = |s: &Started, p: &Process| s.before(p) && p.began.0 <= s.asked.0 + SOON;
-    let fresh: Vec<&&Process> = roots
+    let own = mine.window(SOON);
+    let fresh: Vec<&Process> = roots
         .iter()
-        .filter(|p| p.session == p.pid && fits(mine, p))
+        .copied()
+        .filter(|p| p.session == p.pid && own.holds(p))
         .filter(|p| !others.iter().any(|o| o.named(p)))
         .collect();
-    let rivals = others.iter().filter(|o| {
-        let settled = roots.iter().any(|p| o.before(p) && o.named(p));
-        !settled && fresh.iter().any(|p| fits(o, p))
-    });
-    match (&fresh[..], rivals.count()) {
-        ([], _) => Verdict::None,
-        ([only], 0) => Verdict::Found((**only).clone()),
-        (many, rivals) => Verdict::Unclear(many.len().max(rivals)),
+    let unsettled = others.iter().filter(|o| !settled(o, others, roots));
+    let rivals = unsettled.map(|o| o.window(SOON));
+    let windows: Vec<Window> = rivals
+        .filter(|w| fresh.iter().any(|p| w.holds(p)))
+        .chain([mine.window(SOON)])
+        .collect();
+    choose(mine, &windows, &fresh, Window::holds)
+}
+
+/// Whether a process has its command line, and one for each that asked for an equal one.
+fn settled(one: &Started, others: &[Started], roots: &[&Process]) -> bool {
+    let equals = || others.iter().filter(|o| o.command == one.command);
+    let named = roots.iter().filter(|p| one.named(p));
+    let theirs = named.filter(|p| equals().any(|o| o.can_be(p))).count();
+    theirs >= equals().count() && roots.iter().any(|p| one.named(p) && one.can_be(p))
+}
+
+/// Of processes in the order of their beginning one that can be mine, and nobody's whose asker is
+/// there. When all that it could belong to are to be ended, it does not matter whose it is: each
+/// takes one, so that the others' are still there for them.
+fn choose(
+    mine: &Started,
+    windows: &[Window],
+    processes: &[&Process],
+    rival: impl Fn(&Window, &Process) -> bool,
+) -> Verdict {
+    let Some(own) = windows.iter().find(|w| w.id == mine.id) else {
+        return Verdict::None;
+    };
+    if processes.is_empty() {
+        return Verdict::None;
     }
+    let held = || windows.iter().filter(|w| w.held && w.id != mine.id);
+    let unclear = Verdict::Unclear(processes.len().max(held().count()));
+    let found = processes
+        .iter()
+        .copied()
+        .find(|p| has(own, p, windows, processes) && !held().any(|w| rival(w, p)));
+    found.map_or(unclear, |process| Verdict::Found(process.clone()))
+}
+
+/// Whether a process can be one exec's, with an exec for each of the other processes: of what is
+/// left over, one is somebody's who is not known.
+fn has(one: &Window, process: &Process, windows: &[Window], processes: &[&Process]) -> bool {
+    let rest = processes.iter().copied().filter(|p| !p.is(process));
+    one.holds(process) && each_has_one(rest, windows.iter().filter(|w| w.id != one.id))
+}
+
+/// Whether there is an exec for each of the processes, which come in the order of their beginning:
+/// each takes the one that can have no later one soonest.
+fn each_has_one<'a>(
+    processes: impl Iterator<Item = &'a Process>,
+    windows: impl Iterator<Item = &'a Window>,
+) -> bool {
+    let mut free: Vec<&Window> = windows.collect();
+    for process in processes {
+        let fits = free.iter().enumerate().filter(|(_, w)| w.holds(process));
+        let Some((index, _)) = fits.min_by_key(|(_, w)| w.until) else {
+            return false;
+        };
+        free.swap_remove(index);
+    }
+    true
 }
 
 /// A process, its session and its descendants.
@@ -217,7 +300,14 @@ mod tests {
             container: "c".into(),
             command: command.split(' ').map(str::to_owned).collect(),
             asked: Ticks(asked),
+            left: None,
         }
+    }
+
+    /// Its asker left as well.
+    fn left(exec: Started) -> Started {
+        let left = Some(Ticks(exec.asked.0 + 100));
+        Started { left, ..exec }
     }
 
     fn process(pid: i32, parent: i32, began: u64, command: &str) -> Process {
@@ -244,7 +334,6 @@ mod tests {
 
     #[test]
     fn which_process_an_exec_started() {
-        let mine = || exec(7, 100, "sleep 1000");
         let rival = |asked| vec![exec(1, asked, "sleep 1000")];
         let cases: Vec<Case> = vec![
             ("nothing but what was there", vec![], vec![], Err(0)),
@@ -327,9 +416,133 @@ mod tests {
                 Err(2),
             ),
         ];
+        check(cases);
+    }
+
+    #[test]
+    fn what_began_at_the_same_time_is_told_apart_only_when_all_are_to_be_ended() {
+        let equal = |id, asked| exec(id, asked, "sleep 1000");
+        let script = |id, asked| exec(id, asked, &format!("script {id}"));
+        let sleeps = |pid, began| process(pid, SHIM, began, "sleep 1000");
+        let shell = |pid, began| process(pid, SHIM, began, "sh x");
+        check(vec![
+            (
+                "asked for first, it may have begun second",
+                vec![equal(1, 101)],
+                vec![sleeps(20, 103), sleeps(21, 104)],
+                Err(2),
+            ),
+            (
+                "asked for second, it may have begun first",
+                vec![equal(1, 98)],
+                vec![sleeps(20, 103), sleeps(21, 104)],
+                Err(2),
+            ),
+            (
+                "asked for in the tick in which the one before began",
+                vec![equal(1, 90)],
+                vec![sleeps(20, 99), sleeps(21, 104)],
+                Err(2),
+            ),
+            (
+                "the next was asked for in the tick in which it began",
+                vec![equal(1, 104)],
+                vec![sleeps(20, 103), sleeps(21, 105)],
+                Err(2),
+            ),
+            (
+                "two at the same time long before it, and its own",
+                vec![equal(1, 50), equal(2, 50)],
+                vec![sleeps(20, 51), sleeps(21, 51), sleeps(22, 101)],
+                Ok(22),
+            ),
+            (
+                "both are to be ended",
+                vec![left(equal(1, 101))],
+                vec![sleeps(20, 103), sleeps(21, 104)],
+                Ok(20),
+            ),
+            (
+                "the other is to be ended and can only have the first",
+                vec![left(equal(1, 90))],
+                vec![sleeps(20, 95), sleeps(21, 104)],
+                Ok(21),
+            ),
+            (
+                "both are to be ended, and one of them ended by itself",
+                vec![left(equal(1, 101))],
+                vec![sleeps(20, 103)],
+                Ok(20),
+            ),
+            (
+                "both are to be ended, and a third process is somebody's",
+                vec![left(equal(1, 101))],
+                vec![sleeps(20, 103), sleeps(21, 104), sleeps(22, 105)],
+                Err(3),
+            ),
+            (
+                "of three, one's asker is still there",
+                vec![left(equal(1, 101)), equal(2, 102)],
+                vec![sleeps(20, 103), sleeps(21, 103), sleeps(22, 105)],
+                Err(3),
+            ),
+            (
+                "of three, one's asker is still there and asked after two had begun",
+                vec![left(equal(1, 101)), equal(2, 110)],
+                vec![sleeps(20, 103), sleeps(21, 103), sleeps(22, 111)],
+                Ok(20),
+            ),
+            (
+                "what began long after the other's asker left is not the other's",
+                vec![left(equal(1, 80))],
+                vec![sleeps(20, 101), sleeps(21, 180 + LATE + 1)],
+                Ok(21),
+            ),
+            (
+                "two scripts that are both to be ended",
+                vec![left(script(1, 101))],
+                vec![shell(20, 103), shell(21, 104)],
+                Ok(20),
+            ),
+            (
+                "two scripts, one of them with its asker",
+                vec![script(1, 101)],
+                vec![shell(20, 103), shell(21, 104)],
+                Err(2),
+            ),
+            (
+                "two scripts that are both to be ended, and somebody's third",
+                vec![left(script(1, 101))],
+                vec![shell(20, 103), shell(21, 104), shell(22, 105)],
+                Err(3),
+            ),
+            (
+                "of two equal ones with askers only one is known by its name",
+                vec![exec(1, 101, "tail -f x"), exec(2, 101, "tail -f x")],
+                vec![process(20, SHIM, 102, "tail -f x"), shell(21, 103)],
+                Err(2),
+            ),
+        ]);
+    }
+
+    #[test]
+    fn what_is_being_ended_is_nobodys() {
+        let mine = exec(7, 100, "sleep 1000");
+        let table = [
+            process(20, SHIM, 101, "sleep 1000"),
+            process(21, SHIM, 102, "sleep 1000"),
+        ];
+        let found = started_by(&mine, &[], &table, &[(20, Ticks(101))]);
+        assert_eq!(found, Verdict::Found(table[1].clone()));
+        let other = started_by(&mine, &[], &table, &[(20, Ticks(99))]);
+        assert_eq!(other, Verdict::Unclear(2), "a number that was given again");
+    }
+
+    fn check(cases: Vec<Case>) {
+        let mine = || left(exec(7, 100, "sleep 1000"));
         for (what, others, extra, want) in cases {
             let table: Vec<Process> = init().into_iter().chain(extra).collect();
-            let got = match started_by(&mine(), &others, &table) {
+            let got = match started_by(&mine(), &others, &table, &[]) {
                 Verdict::Found(process) => Ok(process.pid),
                 Verdict::None => Err(0),
                 Verdict::Unclear(count) => Err(count),

@@ -16,15 +16,20 @@ use super::{MOMENT, Place, clients, noise, place};
 
 #[test]
 fn a_file_is_copied_to_a_pod_and_back() -> Result<()> {
-    copies(&*place(Transport::Quic)?, 64 << 20)
+    let place = place(Transport::Quic)?;
+    for (name, kubectl) in clients(&place.kubectl)? {
+        copies(&place, &kubectl, 32 << 20).with_context(|| format!("kubectl {name}"))?;
+    }
+    Ok(())
 }
 
 #[test]
 fn a_file_is_copied_over_a_websocket_link_to_a_pod_and_back() -> Result<()> {
-    copies(&*place(Transport::Websocket)?, 16 << 20)
+    let place = place(Transport::Websocket)?;
+    copies(&place, &place.kubectl, 16 << 20)
 }
 
-fn copies(place: &Place, size: usize) -> Result<()> {
+fn copies(place: &Place, kubectl: &Kubectl, size: usize) -> Result<()> {
     let pod = place.shell("copies", "sleep 1000")?;
     let dir = tempfile::tempdir()?;
     let (there, back) = (dir.path().join("there"), dir.path().join("back"));
@@ -34,8 +39,8 @@ fn copies(place: &Place, size: usize) -> Result<()> {
     let remote = format!("{pod}:/tmp/copied");
     let begun = Instant::now();
     let copy = |from: &str, to: &str| {
-        let mut kubectl = place.kubectl.start(&["cp", from, to])?;
-        kubectl.end(Duration::from_secs(120))?.ok()
+        let mut copying = kubectl.start(&["cp", from, to])?;
+        copying.end(Duration::from_secs(120))?.ok()
     };
     copy(&path(&there)?, &remote).with_context(|| place.story())?;
     let up = begun.elapsed();

@@ -115,11 +115,15 @@ fn a_cut_link_ends_what_runs_and_the_device_can_be_asked_at_itself() -> Result<(
     // Whoever asks now is told what is wrong, and not left to wait.
     let (edge, pod) = &edges[0];
     let begun = Instant::now();
-    let said = world.kubectl.run(&["exec", pod, "--", "true"])?;
-    ensure!(
-        said.code != 0 && said.stderr.contains(&edge.name),
-        "{said:?}"
-    );
+    for words in [&["exec", pod, "--", "true"][..], &["logs", pod]] {
+        let said = world.kubectl.run(words)?;
+        ensure!(
+            said.code != 0
+                && said.stderr.contains(&edge.name)
+                && said.stderr.contains("not connected"),
+            "{words:?}: {said:?}"
+        );
+    }
     ensure!(
         begun.elapsed() < Duration::from_secs(15),
         "{:?}",

@@ -9,7 +9,7 @@ use serde_json::json;
 use testbed::edge::Transport;
 use testbed::images::BUSYBOX;
 use testbed::kubectl::Kubectl;
-use testbed::running::Running;
+use testbed::running::{Ended, Running};
 use testbed::world::SOON;
 
 use super::{MOMENT, Place, clients, noise, place};
@@ -102,19 +102,27 @@ fn a_terminal_has_the_size_of_its_window_and_follows_it() -> Result<()> {
     Ok(())
 }
 
-/// Runs kubectl in a terminal of its own, made by util-linux's `script`, whose window grows once
-/// the inner shell has seen the first size.
+/// Waits in a terminal until it has one size and then another, and for a word.
+const SIZES: &str = "test -t 0 && test -t 1 || exit 9; \
+                     until [ \"$(stty size)\" = '33 77' ]; do sleep 0.05; done; echo small; \
+                     until [ \"$(stty size)\" = '44 99' ]; do sleep 0.05; done; echo large; \
+                     read word; echo \"heard $word\"; exit 5";
+
 fn resizes(kubectl: &Kubectl, pod: &str) -> Result<()> {
-    let inner = "test -t 0 && test -t 1 || exit 9; \
-                 until [ \"$(stty size)\" = '33 77' ]; do sleep 0.05; done; echo small; \
-                 until [ \"$(stty size)\" = '44 99' ]; do sleep 0.05; done; echo large; \
-                 read word; echo \"heard $word\"; exit 5";
+    let ended = in_terminal(kubectl, &["exec", "-it", pod, "--", "sh", "-c", SIZES])?;
+    ensure!(ended.code == 5, "{ended}");
+    Ok(())
+}
+
+/// Runs kubectl, behind which [`SIZES`] runs, in a terminal of its own, made by util-linux's
+/// `script`, whose window grows once the inner shell has seen the first size.
+fn in_terminal(kubectl: &Kubectl, words: &[&str]) -> Result<Ended> {
     let dir = tempfile::tempdir()?;
     let flag = dir.path().join("grow");
     let outer = dir.path().join("outer.sh");
-    let exec = kubectl.command(&["exec", "-it", pod, "--", "sh", "-c", inner]);
-    let mut words = vec![quoted(&exec.get_program().to_string_lossy())];
-    words.extend(exec.get_args().map(|word| quoted(&word.to_string_lossy())));
+    let inner = kubectl.command(words);
+    let mut words = vec![quoted(&inner.get_program().to_string_lossy())];
+    words.extend(inner.get_args().map(|word| quoted(&word.to_string_lossy())));
     let script = format!(
         "stty rows 33 cols 77\n(until [ -e {flag} ]; do sleep 0.05; done; \
          stty rows 44 cols 99 </dev/tty) &\n{line}\n",
@@ -132,9 +140,7 @@ fn resizes(kubectl: &Kubectl, pod: &str) -> Result<()> {
     terminal.sees("large", MOMENT)?;
     terminal.say("hello\n")?;
     terminal.sees("heard hello", MOMENT)?;
-    let ended = terminal.end(MOMENT)?;
-    ensure!(ended.code == 5, "{ended}");
-    Ok(())
+    terminal.end(MOMENT)
 }
 
 /// A word as a shell takes it whole.
@@ -170,7 +176,13 @@ fn attaches(place: &Place, kubectl: &Kubectl) -> Result<()> {
     attached.say("end\n")?;
     let ended = attached.end(Duration::from_secs(10))?.ok()?;
     ensure!(ended.text().contains("got end\n"), "{ended}");
-    Ok(())
+
+    let mut pod = place.pod("attached-terminal", SIZES);
+    pod["spec"]["restartPolicy"] = json!("Never");
+    pod["spec"]["containers"][0]["stdin"] = json!(true);
+    pod["spec"]["containers"][0]["tty"] = json!(true);
+    let pod = place.start(&pod)?;
+    in_terminal(kubectl, &["attach", "-it", &pod]).map(drop)
 }
 
 #[test]

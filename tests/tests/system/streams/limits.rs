@@ -112,7 +112,8 @@ fn open_all(kubelet: &Kubelet, pod: &str) -> Result<Vec<Body>> {
         match kubelet.open(&path)? {
             Ok(body) => open.push(body),
             Err(refused) => {
-                ensure!(refused.status == 429, "{refused:?}");
+                // The words of a 429 would not reach a reader of logs.
+                ensure!(refused.status == 500, "{refused:?}");
                 ensure!(refused.body.contains("streams"), "{refused:?}");
                 ensure!(open.len() >= 60, "only {} are let in", open.len());
                 return Ok(open);

@@ -231,6 +231,22 @@ fn reports_are_refused_by_what_they_claim_to_be() {
 }
 
 #[test]
+fn an_acknowledgement_never_overtakes_the_welcome() {
+    let view = View::new(1);
+    let mut session = welcomed(&view);
+    let key = ObjectKey::pod("d", "p", "u");
+    session.ack_reports([(key, 3, false)]);
+    session.ack_events(7);
+    let said = std::iter::from_fn(|| session.poll_message());
+    assert!(said.count() <= 1, "more than the Welcome");
+    let committed = message(Body::WelcomeAck(proto::WelcomeAck {}));
+    session.handle(committed, &view).unwrap();
+    let said: Vec<_> = std::iter::from_fn(|| session.poll_message()).collect();
+    let acks = |body: &Option<Body>| matches!(body, Some(Body::ReportAcks(_) | Body::EventsAck(_)));
+    assert_eq!(said.iter().filter(|(_, m)| acks(&m.body)).count(), 2);
+}
+
+#[test]
 fn what_overtakes_the_acknowledgement_is_bounded_in_bytes() {
     let view = View::new(1);
     let mut session = welcomed(&view);
