@@ -13,8 +13,9 @@ pub struct BadFilter(String);
 /// Levels, and levels of targets.
 pub fn filter(text: &str) -> Result<EnvFilter, BadFilter> {
     // A mistyped level alone would be taken for a target, and everything else would be silent.
-    let is_one = |part: &str| part.contains(['=', ':', '[']) || part.parse::<LevelFilter>().is_ok();
-    let all = text.split(',').map(str::trim).all(is_one);
+    let is_level = |part: &str| !part.is_empty() && part.parse::<LevelFilter>().is_ok();
+    let mut parts = text.split(',').map(str::trim);
+    let all = parts.all(|part| part.contains(['=', ':', '[']) || is_level(part));
     let filter = EnvFilter::try_new(text).ok().filter(|_| all);
     filter.ok_or_else(|| BadFilter(text.to_owned()))
 }

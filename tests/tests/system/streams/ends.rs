@@ -292,7 +292,8 @@ fn a_new_address_outside_is_nothing_to_an_exec_over_quic_and_an_end_over_websock
         .start(&["exec", "-i", &quic_pod, "--", "cat"])?;
     stays.say("before\n")?;
     stays.sees("before\n", MOMENT)?;
-    let (goes, _) = long_exec(&world.kubectl, &websocket_pod)?;
+    let (mut goes, _) = long_exec(&world.kubectl, &websocket_pod)?;
+    let mut follows = world.kubectl.start(&["logs", "-f", &websocket_pod])?;
 
     quic.machine.change_address(251)?;
     websocket.machine.change_address(252)?;
@@ -302,6 +303,14 @@ fn a_new_address_outside_is_nothing_to_an_exec_over_quic_and_an_end_over_websock
         .with_context(|| world.story(&quic))?;
     stays.close_input();
     stays.end(MOMENT)?.ok()?;
-    ends(goes, NOTICED).with_context(|| world.story(&websocket))?;
+    for (what, kubectl) in [("exec", &mut goes), ("logs -f", &mut follows)] {
+        let ended = kubectl.end(NOTICED);
+        let ended = ended.with_context(|| world.story(&websocket))?;
+        println!("{what}: {ended}");
+        ensure!(
+            ended.code != 0 && !ended.stderr.is_empty(),
+            "{what}: {ended}"
+        );
+    }
     told_broken(&websocket.name)
 }
