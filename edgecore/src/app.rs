@@ -88,10 +88,6 @@ impl AppError {
     }
 }
 
-/// Whether this version serves the Kubernetes API to its device's own Pods. Until it does, the
-/// node's CA vouches for nothing and no Pod is given it: see `docs/decisions/0005-node-ca-not-yet.md`.
-const SERVES_LOCAL_API: bool = false;
-
 /// Threads for what blocks: the store's commits and a Pod's files. Idle ones end.
 const BLOCKING_THREADS: usize = 8;
 
@@ -195,7 +191,8 @@ async fn assemble(
     ));
     let volumes = VolumesConfig {
         root: config.data_dir.clone(),
-        node_ca_pem: SERVES_LOCAL_API
+        node_ca_pem: config
+            .node_ca
             .then(|| ca::ensure(&config.data_dir, identity.node.as_str()))
             .transpose()?,
     };

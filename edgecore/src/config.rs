@@ -26,6 +26,8 @@ pub struct File {
     pub admin: Option<PathBuf>,
     pub log: Option<String>,
     pub log_json: Option<bool>,
+    /// Whether Pods are given this node's CA beside the cluster's.
+    pub node_ca: Option<bool>,
     /// The range of this node's Pods, CIDR.
     pub pod_cidr: Option<String>,
     /// Where a CNI configuration is looked for and written. Two edgecores on one device need two
@@ -58,6 +60,7 @@ pub struct Config {
     pub admin: PathBuf,
     pub log: String,
     pub log_json: bool,
+    pub node_ca: bool,
     pub pod_cidr: Option<String>,
     pub cni_config_dir: PathBuf,
     pub cni_bin_dir: Option<PathBuf>,
@@ -131,6 +134,7 @@ impl Config {
                 .unwrap_or_else(|| data_dir.join("admin.sock")),
             log: args.log.or(file.log).unwrap_or_else(|| "info".to_owned()),
             log_json: file.log_json.unwrap_or(false),
+            node_ca: file.node_ca.unwrap_or(true),
             pod_cidr: file.pod_cidr,
             cni_config_dir: file
                 .cni_config_dir
@@ -197,7 +201,7 @@ mod tests {
         let path = dir.path().join("edge.yaml");
         std::fs::write(
             &path,
-            "name: from-file\ncri: unix:///run/x.sock\ntransport: quic\n",
+            "name: from-file\ncri: unix:///run/x.sock\ntransport: quic\nnodeCa: false\n",
         )
         .unwrap();
         let args = RunArgs {
@@ -210,6 +214,9 @@ mod tests {
         assert_eq!(config.cri, "unix:///run/x.sock");
         assert_eq!(config.transport, Preference::Quic);
         assert_eq!(config.data_dir, PathBuf::from("/var/lib/edgecore"));
+        assert!(!config.node_ca);
+        let usual = Config::resolve(RunArgs::default()).unwrap();
+        assert!(usual.node_ca && usual.dead_after.is_none());
     }
 
     #[test]

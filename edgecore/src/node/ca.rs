@@ -2,7 +2,7 @@
 //!
 //! Owns `node-ca.key` (0600) and `node-ca.crt` in the data directory. The key never leaves the
 //! device and is never logged. Pods come to trust it because the certificate is appended to each
-//! `kube-root-ca.crt` that they mount, from the first start of an agent that serves that API.
+//! `kube-root-ca.crt` that they mount, unless `nodeCa: false` says otherwise.
 
 use std::fs;
 use std::io::{self, Write as _};

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use testbed::edge::Transport;
-use testbed::wait::wait_for;
+use testbed::edge::{Edge, Transport};
+use testbed::wait::{holds_for, wait_for};
+use testbed::world::World;
 
 use crate::world;
 
@@ -100,4 +101,51 @@ fn a_new_address_outside_is_survived() -> Result<()> {
     .with_context(|| world.story(&edge))?;
     world.node_ready(&mut edge)?;
     Ok(())
+}
+
+#[test]
+fn a_device_at_rest_keeps_to_the_deadline_that_the_cloud_sets() -> Result<()> {
+    let world = world()?;
+    let _alone = world.alone();
+    let restart = |flags: &[&str]| {
+        let mut cloud = world.cloud();
+        cloud.set_flags(flags);
+        cloud.stop()?;
+        cloud.resume()
+    };
+    restart(&["--dead-after", "8s"])?;
+    let rested = rest(world);
+    restart(&[])?;
+    rested
+}
+
+/// Two devices join and say nothing for three times the deadline.
+fn rest(world: &World) -> Result<()> {
+    let mut edges = [world.machine("rests-quic")?, world.machine("rests-ws")?];
+    for (edge, transport) in edges
+        .iter_mut()
+        .zip([Transport::Quic, Transport::Websocket])
+    {
+        edge.transport = transport;
+        world.join(edge, &[])?;
+    }
+    // The first session brought the deadline, and gave way to one that keeps it.
+    std::thread::sleep(Duration::from_secs(3));
+    let epochs = || {
+        let epoch = |edge: &Edge| {
+            let lease = ["-n", "kube-node-lease", "get", "lease", &edge.name];
+            let lease = world.kubectl.json(&lease)?;
+            lease["spec"]["leaseTransitions"]
+                .as_i64()
+                .context("an epoch")
+        };
+        edges.iter().map(epoch).collect::<Result<Vec<_>>>()
+    };
+    let before = epochs()?;
+    holds_for("the sessions", Duration::from_secs(25), || {
+        let now = epochs()?;
+        ensure!(now == before, "{before:?} became {now:?}");
+        Ok(())
+    })
+    .with_context(|| world.story(&edges[0]))
 }
