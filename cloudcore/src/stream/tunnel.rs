@@ -76,7 +76,9 @@ pub(super) enum NoAnswer {
         "node {0} did not answer within {1:?}: its edgecore may be too old for this request, or busy"
     )]
     Silent(NodeName, Duration),
-    #[error("node {0} broke off before it answered: its edgecore may be too old for this request")]
+    #[error(
+        "node {0} broke off before it answered: its link ended, try again; or its edgecore is too old for this request"
+    )]
     Broke(NodeName, #[source] BoxError),
     #[error("node {0} switched protocols, which this request does not do")]
     Switched(NodeName),
