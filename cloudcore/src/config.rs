@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use common::hub::transport::LinkConfig;
 use serde_json::{Map, Value};
 
 use crate::kube::Impersonation;
@@ -332,10 +333,10 @@ pub fn ranges(text: &str) -> Result<Vec<String>, String> {
         .collect()
 }
 
-/// As devices take it: shorter would end links that are only slow, longer is a slip.
+/// As devices take it.
 pub fn dead_after(text: &str) -> Result<Duration, String> {
     let time = duration(text)?;
-    match (5..=3600).contains(&time.as_secs()) {
+    match LinkConfig::DEAD_AFTER.contains(&time.as_secs()) {
         true => Ok(time),
         false => Err(format!("{text:?} is not between 5s and 1h")),
     }

@@ -4,11 +4,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use common::hub::dial::Preference;
+use common::hub::transport::LinkConfig;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use serde::Deserialize;
 
 use crate::cli::RunArgs;
-use crate::hub::pace::Deadlines;
 use crate::pods::network::{NetworkError, Range};
 use crate::pods::quantity::units;
 use crate::pods::rotate;
@@ -111,7 +111,7 @@ impl Config {
             .or(file.transport)
             .unwrap_or_else(|| "auto".to_owned());
         let dead_after = file.dead_after_seconds;
-        if let Some(seconds) = dead_after.filter(|s| !Deadlines::RANGE.contains(s)) {
+        if let Some(seconds) = dead_after.filter(|s| !LinkConfig::DEAD_AFTER.contains(s)) {
             return Err(ConfigError::DeadAfter(seconds));
         }
         if let Some(text) = &file.pod_cidr {

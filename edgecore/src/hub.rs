@@ -59,6 +59,10 @@ impl LinkError {
     }
 }
 
+fn no_session(error: &dyn std::error::Error, wait: Duration) {
+    warn!(error = %chain(error), retry_in = ?wait, "no session with the cloud");
+}
+
 /// A session and what else its connection carries, which ends with it.
 async fn beside<T>(session: impl Future<Output = T>, rest: impl Future<Output = ()>) -> T {
     let rest = async {
@@ -240,7 +244,7 @@ impl Task {
 
     fn lost(&mut self, error: &dyn std::error::Error) -> Duration {
         let wait = self.pace.wait();
-        warn!(error = %chain(error), retry_in = ?wait, "no session with the cloud");
+        no_session(error, wait);
         wait
     }
 
@@ -254,7 +258,7 @@ impl Task {
                 warn!(?reason, message, retry_in = ?wait, "the cloud ended the session");
             }
             SessionEnd::Lanes(_) | SessionEnd::Protocol(_) | SessionEnd::Store(_) => {
-                warn!(error = %chain(end), retry_in = ?wait, "no session with the cloud");
+                no_session(end, wait);
             }
         }
         wait

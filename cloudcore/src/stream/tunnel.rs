@@ -231,7 +231,7 @@ async fn ask(
     } else {
         ANSWER
     };
-    let may_switch = switches(target) && request.headers().contains_key(header::UPGRADE);
+    let may_switch = target.switches() && request.headers().contains_key(header::UPGRADE);
     let answer = sender.send_request(to_edge(node, request, record));
     let answer = timeout(within, answer).await;
     let answer = answer.map_err(|_| NoAnswer::Silent(node.clone(), within))?;
@@ -240,21 +240,6 @@ async fn ask(
         return Err(NoAnswer::Switched(node.clone()));
     }
     Ok((answer, driver))
-}
-
-/// Its answer may be `101`: bytes that nobody looks into.
-fn switches(target: &Target) -> bool {
-    match target {
-        Target::Exec { .. } | Target::Attach { .. } | Target::PortForward { .. } => true,
-        Target::Run { .. }
-        | Target::Logs { .. }
-        | Target::Pods
-        | Target::RunningPods
-        | Target::StatsSummary
-        | Target::Metrics(_)
-        | Target::Healthz
-        | Target::Configz => false,
-    }
 }
 
 /// The status by which a reader gets an answer's words. Of `pods/log` the API server throws them
@@ -579,7 +564,7 @@ mod tests {
             ("/pods", false),
             ("/metrics/cadvisor", false),
         ] {
-            assert_eq!(switches(&Target::parse(path).unwrap()), may, "{path}");
+            assert_eq!(Target::parse(path).unwrap().switches(), may, "{path}");
         }
     }
 }

@@ -123,6 +123,10 @@ pub struct LinkConfig {
 }
 
 impl LinkConfig {
+    /// Seconds that `dead_after` may be set to: less would end links that are only slow, more is a
+    /// slip.
+    pub const DEAD_AFTER: std::ops::RangeInclusive<u64> = 5..=3600;
+
     /// How many streams an end may open, and how many its peer.
     pub(super) fn streams(&self, side: Side) -> (u16, u16) {
         match side {

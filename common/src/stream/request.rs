@@ -169,6 +169,11 @@ impl Target {
         }
     }
 
+    /// Its answer may be `101`: bytes that nobody looks into.
+    pub fn switches(&self) -> bool {
+        self.acts() && !matches!(self, Target::Run { .. })
+    }
+
     /// One word for audit lines and metrics.
     pub fn verb(&self) -> &'static str {
         match self {

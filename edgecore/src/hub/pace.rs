@@ -78,12 +78,9 @@ pub struct Deadlines {
 }
 
 impl Deadlines {
-    /// Shorter ones would end links that are only slow, longer ones are a slip.
-    pub const RANGE: std::ops::RangeInclusive<u64> = 5..=3600;
-
     /// With what is set here, if it is, and what the cloud said last.
     pub fn new(own: Option<Duration>, said: Option<Duration>) -> Self {
-        let (least, most) = (*Self::RANGE.start(), *Self::RANGE.end());
+        let (least, most) = LinkConfig::DEAD_AFTER.into_inner();
         let (least, most) = (Duration::from_secs(least), Duration::from_secs(most));
         let said = said.filter(|said| !said.is_zero());
         Self {

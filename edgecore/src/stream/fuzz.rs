@@ -5,11 +5,16 @@ use super::{spdy, websocket};
 
 /// Any bytes of a WebSocket client; the first says how long the pieces are.
 pub fn websocket(data: &[u8]) {
+    in_pieces(data, messages);
+}
+
+/// What is read of pieces, as long as the first byte says, is what is read of the whole.
+fn in_pieces<T: std::fmt::Debug + PartialEq>(data: &[u8], read: fn(&[u8], usize) -> T) {
     let Some((size, data)) = data.split_first() else {
         return;
     };
-    let whole = messages(data, data.len());
-    assert_eq!(messages(data, usize::from(*size)), whole, "in pieces");
+    let whole = read(data, data.len());
+    assert_eq!(read(data, usize::from(*size)), whole, "in pieces");
 }
 
 /// What a client said: messages put together, and the rest; how it broke the protocol, if it did.
@@ -51,11 +56,7 @@ fn messages(data: &[u8], size: usize) -> Said {
 
 /// Any bytes of a runtime's streaming server; the first says how long the pieces are.
 pub fn spdy(data: &[u8]) {
-    let Some((size, data)) = data.split_first() else {
-        return;
-    };
-    let whole = frames(data, data.len());
-    assert_eq!(frames(data, usize::from(*size)), whole, "in pieces");
+    in_pieces(data, frames);
 }
 
 /// What a server said: the bytes of its streams in their order, and the rest.
